@@ -1,0 +1,59 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Autoregressive decoding: a step with an empty draft. With fewer than all layers it is early exit (section 4.2).
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from self_speculation.decoding_state import DecodingState, prefill
+from self_speculation.early_exit import forward_early
+from self_speculation.generator_base import (
+    Decoding,
+    GenerationConfig,
+    GenerationRequest,
+    GenerationStep,
+    GenerationStrategy,
+    check_exit_layer,
+)
+from self_speculation.verification import Draft
+
+
+class AutoregressiveGenerator(GenerationStrategy):
+    """One token a step from all layers, whatever `config.exit_layer` says."""
+
+    def num_layers(self, config: GenerationConfig) -> int:
+        """How many layers choose the tokens."""
+        return self.model.config.num_hidden_layers
+
+    @torch.inference_mode()
+    def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
+        """Prefill, then one token of every row a step."""
+        num_layers = self.num_layers(request.config)
+        decoding = Decoding(self.model, request, num_speculations=0)
+        prefill(self.model, decoding.state, num_layers)
+        yield decoding.prefilled()
+        while decoding.is_active:
+            decoding.next_draft_length(0)
+            yield decoding.record(autoregressive_step(self.model, decoding.state, num_layers))
+
+
+class EarlyExitGenerator(AutoregressiveGenerator):
+    """One token a step from the first `config.exit_layer` layers: cheaper, and not the full model's output."""
+
+    def num_layers(self, config: GenerationConfig) -> int:
+        """E."""
+        return check_exit_layer(config.exit_layer, self.model)
+
+
+def autoregressive_step(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> Tensor:
+    """Read the pending token with layers [0, E) and choose the next: a pure function of tensors."""
+    position_B1 = state.positions(0, 1)
+    hidden_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
+    logits_B1V = state.logits(model, hidden_B1D, position_B1)
+    no_draft = Draft(state.read(position_B1[:, :0]), [], state.draft_lengths(0))
+    return state.commit(no_draft, state.rule.verify(no_draft, logits_B1V, state.noise(position_B1 + 1)))

@@ -1,0 +1,71 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""The position-addressed KV cache that drafting and verification share (section 4.3 of the paper).
+
+A layer writes keys and values at the positions it is given; a query at position i sees the keys at positions ≤ i.
+Entries past a row's length are stale: no query sees them, and the next step overwrites them, so rejecting a draft
+costs nothing.
+
+Shapes: B batch, T positions of this call, C capacity, W visible prefix (W ≤ C), H key-value heads, K head dimension.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+BUCKET = 64
+
+
+def round_up(length: int) -> int:
+    """The next multiple of the bucket size, so that few different shapes occur."""
+    return -(-length // BUCKET) * BUCKET
+
+
+class PositionAddressedCache(Cache):
+    """Preallocated keys and values of all layers, each (B, H, C, K), on the layer's own device.
+
+    A layer's buffers are allocated when it first writes, with zeros: an uninitialised NaN would survive its mask.
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.capacity = round_up(capacity)
+        self.visible = self.capacity
+        self.is_prefill = False
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.positions_BT = torch.empty(0, 0, dtype=torch.long)
+
+    def address(self, positions_BT: Tensor) -> Tensor | None:
+        """Set where the layers write next; return the mask (B, 1, T, W) of the keys that each position sees.
+
+        Prefill needs no mask: its positions start at 0, and there `sdpa` is causal by itself, but for a single query.
+        """
+        self.positions_BT = positions_BT
+        if self.is_prefill and positions_BT.shape[1] > 1:
+            return None
+        keys_W = torch.arange(self.visible, device=positions_BT.device)
+        return keys_W <= positions_BT[:, None, :, None]
+
+    def see(self, length: int, is_prefill: bool = False) -> None:
+        """Let queries read the first `length` positions only, rounded up; none of them may lie further on."""
+        self.visible = min(round_up(length), self.capacity)
+        self.is_prefill = is_prefill
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write (B, H, T, K) keys and values at the addressed positions; return the visible prefix (B, H, W, K)."""
+        if self.keys[layer_idx] is None:
+            batch_size, num_heads, _, head_dim = key_states.shape
+            shape = (batch_size, num_heads, self.capacity, head_dim)
+            self.keys[layer_idx] = key_states.new_zeros(shape)
+            self.values[layer_idx] = value_states.new_zeros(shape)
+        index_BHTK = self.positions_BT.to(key_states.device)[:, None, :, None].expand_as(key_states)
+        keys = self.keys[layer_idx].scatter_(2, index_BHTK, key_states)
+        values = self.values[layer_idx].scatter_(2, index_BHTK, value_states)
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers allocated so far."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values) if buffer is not None)

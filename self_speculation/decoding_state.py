@@ -1,0 +1,87 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""The rows of a batch while they are decoded: tokens addressed by position, and the cache behind them.
+
+Between steps every layer has cached exactly `tokens[:-1]` of each row; the last token is *pending*, no layer has read
+it yet. Prefill makes that true, and every step leaves it true.
+
+Shapes: B batch, T positions of this call, C capacity, D hidden size, V vocabulary, S noise streams.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, LogitsProcessorList
+
+from self_speculation.cache import PositionAddressedCache
+from self_speculation.early_exit import embed, exit_logits, run_layers
+from self_speculation.sampling import process_logits
+from self_speculation.verification import DecodingRule, Draft, Verdict
+
+
+@dataclass
+class DecodingState:
+    """A batch of rows between two steps.
+
+    `tokens_BC[b, :lengths_B[b]]` are row b's tokens; what lies beyond is stale. Rows advance while `active_B`, never
+    past `limits_B`.
+    """
+
+    tokens_BC: Tensor
+    lengths_B: Tensor
+    limits_B: Tensor
+    active_B: Tensor
+    noise_BCS: Tensor | None
+    cache: PositionAddressedCache
+    rule: DecodingRule
+    processors: LogitsProcessorList
+
+    def positions(self, first: int, count: int) -> Tensor:
+        """Positions (B, T) of the `count` tokens that start `first` places after the pending token."""
+        offsets_T = torch.arange(first - 1, first - 1 + count, device=self.lengths_B.device)
+        return self.lengths_B[:, None] + offsets_T
+
+    def read(self, positions_BT: Tensor) -> Tensor:
+        """The tokens (B, T) at the positions."""
+        return self.tokens_BC.gather(1, positions_BT)
+
+    def write(self, positions_BT: Tensor, tokens_BT: Tensor) -> None:
+        """Put tokens (B, T) at the positions."""
+        self.tokens_BC.scatter_(1, positions_BT, tokens_BT)
+
+    def noise(self, positions_BT: Tensor) -> Tensor | None:
+        """The uniform numbers (B, T, S) that decide the tokens at the positions."""
+        if self.noise_BCS is None:
+            return None
+        return self.noise_BCS.gather(1, positions_BT[..., None].expand(-1, -1, self.noise_BCS.shape[-1]))
+
+    def logits(self, model: LlamaForCausalLM, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Processed logits (B, T, V) for the tokens that follow the positions."""
+        logits_BTV = exit_logits(model, hidden_BTD).to(self.tokens_BC.device)
+        if not self.processors:
+            return logits_BTV
+        return process_logits(logits_BTV, self.processors, self.tokens_BC, positions_BT)
+
+    def draft_lengths(self, num_speculations: int) -> Tensor:
+        """How many tokens (B) each row may draft: with the target's one it must stay within the row's limit."""
+        return (self.limits_B - self.lengths_B - 1).clamp(min=0, max=num_speculations)
+
+    def commit(self, draft: Draft, verdict: Verdict) -> Tensor:
+        """Make what was decided the rows' next tokens.
+
+        Returns:
+            One integer tensor for the host, (B, 1 + (d+1) + d): accepted count, decided tokens, drafted tokens.
+        """
+        self.write(self.positions(1, verdict.tokens_BT.shape[1]), verdict.tokens_BT)
+        self.lengths_B += (verdict.accepted_B + 1) * self.active_B
+        return torch.cat([verdict.accepted_B[:, None], verdict.tokens_BT, draft.tokens_Bd], dim=1)
+
+
+def prefill(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> None:
+    """Cache `tokens[:-1]` of every row in layers [0, E): one pass over the right-padded prompts, without LM head."""
+    longest = int(state.lengths_B.max()) - 1
+    state.cache.see(longest, is_prefill=True)
+    if not longest:
+        return
+    positions_BT = torch.arange(longest, device=state.lengths_B.device).expand(len(state.lengths_B), -1)
+    run_layers(model, embed(model, state.read(positions_BT)), range(exit_layer), positions_BT, state.cache)

@@ -1,0 +1,85 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""A Llama model cut at a layer (section 4.2 of the paper).
+
+`forward_early` runs layers [0, E), `forward_remainder` layers [E, L), `exit_logits` the final norm and LM head that
+all exits share. This is the only file that knows how transformers calls a decoder layer.
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
+"""
+
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from self_speculation.cache import PositionAddressedCache
+
+ROPE_PER_CALL = ("dynamic", "longrope")
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers could not be cut and cached by position; switch its attention to `sdpa`.
+
+    Raises:
+        ValueError: another family than Llama, or rotary frequencies that depend on the longest position of a call.
+    """
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(f"--model is a {type(model).__name__}: only Llama models (LlamaForCausalLM) can exit early.")
+    rope_type = (model.config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in ROPE_PER_CALL:
+        raise ValueError(
+            f"--model uses {rope_type!r} RoPE scaling, whose frequencies change with the length of each call; "
+            "drafting and verification would disagree."
+        )
+    if model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+
+
+def embed(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
+    """x_0 (B, T, D) of the tokens."""
+    return model.model.embed_tokens(tokens_BT)
+
+
+def run_layers(
+    model: LlamaForCausalLM, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
+) -> Tensor:
+    """Run the given layers over hidden states at the given positions, reading and writing the cache."""
+    mask_B1TW = cache.address(positions_BT)
+    position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
+    for layer in layers:
+        hidden_BTD = model.model.layers[layer](
+            hidden_BTD,
+            attention_mask=mask_B1TW,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=position_embeddings,
+        )
+    return hidden_BTD
+
+
+def exit_logits(model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
+    """Logits (B, T, V) of hidden states that leave any layer: the final norm and the LM head."""
+    return model.lm_head(model.model.norm(hidden_BTD))
+
+
+def forward_early(
+    model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache, exit_layer: int
+) -> Tensor:
+    """The exit states (B, T, D): what leaves layers [0, E)."""
+    return run_layers(model, embed(model, tokens_BT), range(exit_layer), positions_BT, cache)
+
+
+def forward_remainder(
+    model: LlamaForCausalLM,
+    exit_states_BTD: Tensor,
+    positions_BT: Tensor,
+    cache: PositionAddressedCache,
+    exit_layer: int,
+) -> Tensor:
+    """Hidden states (B, T, D) after the last layer, going on from the exit states through layers [E, L)."""
+    layers = range(exit_layer, model.config.num_hidden_layers)
+    return run_layers(model, exit_states_BTD, layers, positions_BT, cache)
+
+
+def forward(model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache) -> Tensor:
+    """Hidden states (B, T, D) after all L layers."""
+    return forward_early(model, tokens_BT, positions_BT, cache, model.config.num_hidden_layers)

@@ -1,0 +1,386 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""The contract of generation: what is asked, the strategy that writes steps, and what comes back.
+
+A strategy writes one method, `steps`. Collecting, timing and streaming are clients of the steps it yields.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from self_speculation.cache import PositionAddressedCache, round_up
+from self_speculation.decoding_state import DecodingState
+from self_speculation.sampling import noise, warpers
+from self_speculation.stopping import StopReason, StopRule
+from self_speculation.verification import GreedyRule, SamplingRule
+
+
+@dataclass
+class GenerationConfig:
+    """What a user asks of generation."""
+
+    max_steps: int = field(default=512, metadata={"help": "Most new tokens."})
+    exit_layer: int | None = field(
+        default=None, metadata={"help": "E: layers that draft (1 to L). Default: the checkpoint's recommendation."}
+    )
+    num_speculations: int | None = field(
+        default=None, metadata={"help": "d: tokens drafted a step. Default: the checkpoint's recommendation."}
+    )
+    generation_strategy: str = field(
+        default="autoregressive", metadata={"help": "autoregressive, early_exit or self_speculative."}
+    )
+    sample: bool = field(default=True, metadata={"help": "Sample; False takes the most probable token."})
+    temperature: float = field(default=0.6, metadata={"help": "Divides the logits when sampling."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k most probable tokens; 0: from all."})
+    top_p: float = field(default=0.9, metadata={"help": "Sample from the smallest set of at least this probability."})
+    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "No n-gram of this size occurs twice."})
+    stop_words: list[str] | None = field(default=None, metadata={"help": "Strings that end the answer."})
+    stop_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that end the answer."})
+    seed: int = field(default=42, metadata={"help": "Seed of every random draw."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 0), ("exit_layer", 1), ("num_speculations", 0), ("top_k", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}.")
+        if self.sample and self.temperature <= 0:
+            raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
+        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
+            raise ValueError(f"--no_repeat_ngram_size must be at least 1, not {self.no_repeat_ngram_size}.")
+        if "" in (self.stop_words or []):
+            raise ValueError("--stop_words must not be empty strings.")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A batch of prompts, as token ids, and how to go on from them."""
+
+    prompts: list[list[int]]
+    config: GenerationConfig
+    stop_rule: StopRule
+    logits_processors: LogitsProcessorList
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One row's part of a step: what was drafted, how much of it was accepted, and the tokens it committed.
+
+    All three end at the row's stop. `tokens` are the accepted ones and, unless the stop was in front of it, one of
+    the full model's: *recovered* if a draft was rejected, *bonus* if none was.
+    """
+
+    drafted: list[int] = field(default_factory=list)
+    accepted: int = 0
+    tokens: list[int] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the last token is a recovered one."""
+        return self.accepted < min(len(self.drafted), len(self.tokens))
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """One draft and its verification, for every row; rows that have ended are empty. Prefill is a step of no tokens."""
+
+    rows: list[RowStep]
+
+
+@dataclass
+class GenerationResult:
+    """An answer, and what a benchmark needs to know of it. Times are of the row's whole batch, in seconds."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: list[RowStep] = field(default_factory=list)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens drafted."""
+        return sum(len(step.drafted) for step in self.steps)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens accepted."""
+        return sum(step.accepted for step in self.steps)
+
+    @property
+    def accepted_per_step(self) -> list[int]:
+        """Drafted tokens accepted in each step."""
+        return [step.accepted for step in self.steps]
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted over drafted; None without drafts."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens for each pass of the full model."""
+        return len(self.tokens) / len(self.steps) if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over decode time."""
+        return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class StepStreamer(Protocol):
+    """Shows an answer while it is written; a client of the steps."""
+
+    def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
+        """An answer to `prompt` (token ids) begins."""
+
+    def update(self, step: RowStep) -> None:
+        """One more step has been decided."""
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+
+class GenerationStrategy(ABC):
+    """A way of choosing the next tokens: writes `steps`, and nothing else."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+
+    @abstractmethod
+    def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
+        """Decode: first the prefill, a step without tokens, then step by step until every row has ended."""
+
+
+class Decoding:
+    """One run of a strategy: the tensors of its state, and the host's record of what each row has generated."""
+
+    def __init__(self, model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> None:
+        config, prompts = request.config, request.prompts
+        device = token_device(model)
+        context = model.config.max_position_embeddings
+        limits = [min(len(prompt) + config.max_steps, context) for prompt in prompts]
+        capacity = round_up(max(limits) + num_speculations + 1)
+        self.request = request
+        self.context = context
+        self.limits = limits
+        self.generated: list[list[int]] = [[] for _ in prompts]
+        self.ended = [len(prompt) >= limit for prompt, limit in zip(prompts, limits, strict=True)]
+        rule = SamplingRule(warpers(config.temperature, config.top_k, config.top_p)) if config.sample else GreedyRule()
+        self.state = DecodingState(
+            tokens_BC=_padded(prompts, capacity).to(device),
+            lengths_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
+            limits_B=torch.tensor(limits, device=device),
+            active_B=torch.tensor([not ended for ended in self.ended], device=device),
+            noise_BCS=noise(config.seed, prompts, capacity, device) if config.sample else None,
+            cache=PositionAddressedCache(model.config.num_hidden_layers, capacity),
+            rule=rule,
+            processors=_processors(request),
+        )
+
+    def prefilled(self) -> GenerationStep:
+        """The step that stands for prefill; rows that may not generate at all end with it."""
+        rows = [RowStep(stop_reason=self._limit_reason(row) if ended else None) for row, ended in enumerate(self.ended)]
+        return GenerationStep(rows)
+
+    def next_draft_length(self, num_speculations: int) -> int:
+        """d for the next step, no more than any row can use, or 0; the cache is told how far the step will look."""
+        rows = [row for row, ended in enumerate(self.ended) if not ended]
+        lengths = [self._length(row) for row in range(len(self.ended))]
+        remaining = max(self.limits[row] - lengths[row] for row in rows)
+        num_drafted = min(num_speculations, remaining - 1)
+        self.state.cache.see(max(lengths) + num_drafted)
+        return num_drafted
+
+    def record(self, outcome_BN: Tensor) -> GenerationStep:
+        """What a step's `commit` returned, on the host: one copy from the device. Rows are cut at their stops."""
+        outcome = outcome_BN.tolist()
+        num_drafted = (len(outcome[0]) - 2) // 2
+        rows = [
+            RowStep() if self.ended[row] else self._row_step(row, values, num_drafted)
+            for row, values in enumerate(outcome)
+        ]
+        if any(row.stop_reason for row in rows):
+            self.state.active_B = torch.tensor([not e for e in self.ended], device=outcome_BN.device)
+        return GenerationStep(rows)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether any row goes on."""
+        return not all(self.ended)
+
+    def _row_step(self, row: int, values: list[int], num_drafted: int) -> RowStep:
+        accepted, decided, drafted = values[0], values[1 : num_drafted + 2], values[num_drafted + 2 :]
+        drafted = drafted[: self.limits[row] - self._length(row) - 1]
+        new, reason = self.request.stop_rule.cut(self.generated[row], decided[: accepted + 1])
+        if reason:
+            drafted = drafted[: len(new)]
+        self.generated[row] += new
+        if reason is None and self._length(row) == self.limits[row]:
+            reason = self._limit_reason(row)
+        self.ended[row] = reason is not None
+        return RowStep(drafted, min(accepted, len(new)), new, reason)
+
+    def _length(self, row: int) -> int:
+        return len(self.request.prompts[row]) + len(self.generated[row])
+
+    def _limit_reason(self, row: int) -> StopReason:
+        asked_for = len(self.request.prompts[row]) + self.request.config.max_steps
+        return StopReason.LENGTH if asked_for > self.context else StopReason.MAX_STEPS
+
+
+def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
+    """The exit layer, if the model has it."""
+    num_layers = model.config.num_hidden_layers
+    if exit_layer is None or not 1 <= exit_layer <= num_layers:
+        raise ValueError(f"--exit_layer must lie between 1 and {num_layers}, the model's layers, not {exit_layer}.")
+    return exit_layer
+
+
+def token_device(model: LlamaForCausalLM) -> torch.device:
+    """Where tokens live: with the embeddings, or on the CPU while those are offloaded."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _padded(prompts: list[list[int]], capacity: int) -> Tensor:
+    tokens_BC = torch.zeros(len(prompts), capacity, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens_BC[row, : len(prompt)] = torch.tensor(prompt)
+    return tokens_BC
+
+
+def _processors(request: GenerationRequest) -> LogitsProcessorList:
+    ngram_size = request.config.no_repeat_ngram_size
+    own = [NoRepeatNGramLogitsProcessor(ngram_size)] if ngram_size else []
+    return LogitsProcessorList([*own, *request.logits_processors])
+
+
+class TokenStreamer:
+    """Feeds a streamer of transformers, which takes whole tokens: those that are certain to be shown."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self.streamer = streamer
+
+    def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
+        """Hand over the prompt, as transformers' `generate` does."""
+        self.stop_rule = stop_rule
+        self.tokens: list[int] = []
+        self.num_shown = 0
+        self.streamer.put(torch.tensor([prompt]))
+
+    def update(self, step: RowStep) -> None:
+        """Hand over the tokens of a step, one by one."""
+        self.tokens += step.tokens
+        settled = self.stop_rule.settled_tokens(self.tokens, finished=step.stop_reason is not None)
+        for token in settled[self.num_shown :]:
+            self.streamer.put(torch.tensor([token]))
+        self.num_shown = max(self.num_shown, len(settled))
+
+    def end(self) -> None:
+        """Let the streamer flush."""
+        self.streamer.end()
+
+
+class HuggingfaceLlamaGenerator:
+    """Answers prompts with a model, its tokenizer and a strategy; times, collects and streams the strategy's steps."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strategy: GenerationStrategy) -> None:
+        self.tokenizer = tokenizer
+        self.strategy = strategy
+        self.model = strategy.model
+
+    def stop_rule(self, config: GenerationConfig) -> StopRule:
+        """Every end-of-sequence id of tokenizer, config and generation config, and the user's own stops."""
+        sources = (self.tokenizer, self.model.config, self.model.generation_config)
+        end_ids = (ids if isinstance(ids, list) else [ids] for ids in (source.eos_token_id for source in sources))
+        return StopRule(
+            end_ids=frozenset(token for ids in end_ids for token in ids if token is not None),
+            stop_token_ids=frozenset(config.stop_token_ids or ()),
+            stop_words=tuple(config.stop_words or ()),
+            decode=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
+        )
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's token ids.
+
+        Raises:
+            ValueError: the prompt has no tokens, or leaves no room in the model's context.
+        """
+        tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        context = self.model.config.max_position_embeddings
+        if not tokens:
+            raise ValueError("The prompt is empty, and the tokenizer has no token to begin with.")
+        if len(tokens) >= context:
+            raise ValueError(f"The prompt has {len(tokens)} tokens; the model's context is {context}.")
+        return tokens
+
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]],
+        config: GenerationConfig,
+        streamer: StepStreamer | BaseStreamer | None = None,
+        logits_processors: LogitsProcessorList | None = None,
+    ) -> list[GenerationResult]:
+        """Answer a ragged batch of prompts, texts or token ids; a streamer takes a batch of one."""
+        rows = [self.encode(prompt) for prompt in prompts]
+        if streamer is not None and len(rows) != 1:
+            raise ValueError(f"A streamer shows one answer, but there are {len(rows)} prompts.")
+        request = GenerationRequest(rows, config, self.stop_rule(config), logits_processors or LogitsProcessorList())
+        results = [GenerationResult() for _ in rows]
+        if isinstance(streamer, BaseStreamer):
+            streamer = TokenStreamer(streamer)
+        if streamer is not None:
+            streamer.begin(rows[0], request.stop_rule)
+        for index, (step, seconds) in enumerate(self._timed_steps(request)):
+            for result, row in zip(results, step.rows, strict=True):
+                _collect(result, row, seconds, is_prefill=index == 0)
+            if streamer is not None:
+                streamer.update(step.rows[0])
+        for result in results:
+            result.text = request.stop_rule.text(result.tokens, finished=True)
+        if streamer is not None:
+            streamer.end()
+        return results
+
+    def _timed_steps(self, request: GenerationRequest) -> Iterator[tuple[GenerationStep, float]]:
+        """Steps with the seconds that each took, without what clients do between them."""
+        steps = self.strategy.steps(request)
+        while True:
+            start = time.perf_counter()
+            step = next(steps, None)
+            _synchronize()
+            if step is None:
+                return
+            yield step, time.perf_counter() - start
+
+
+def _collect(result: GenerationResult, row: RowStep, seconds: float, is_prefill: bool) -> None:
+    result.stop_reason = result.stop_reason or row.stop_reason
+    if is_prefill:
+        result.prefill_seconds = seconds
+        return
+    result.decode_seconds += seconds
+    if row.tokens:
+        result.tokens += row.tokens
+        result.steps.append(row)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,76 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Self-speculative decoding (section 4.3 of the paper): the first E layers draft, the others verify, one KV cache.
+
+Shapes: B batch, T = d+1 verified positions, d drafted tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from self_speculation.decoding_state import DecodingState, prefill
+from self_speculation.early_exit import forward_early, forward_remainder
+from self_speculation.generator_base import (
+    Decoding,
+    GenerationRequest,
+    GenerationStep,
+    GenerationStrategy,
+    check_exit_layer,
+)
+from self_speculation.verification import Draft, Verdict
+
+
+class SelfSpeculativeGenerator(GenerationStrategy):
+    """Drafts with the layers below `config.exit_layer`, verifies with the rest; the output is the full model's."""
+
+    @torch.inference_mode()
+    def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
+        """Prefill, then a draft of d tokens and its verification a step."""
+        config = request.config
+        check_exit_layer(config.exit_layer, self.model)
+        if config.num_speculations is None:
+            raise ValueError("Self-speculative decoding needs --num_speculations.")
+        decoding = Decoding(self.model, request, config.num_speculations)
+        prefill(self.model, decoding.state, self.model.config.num_hidden_layers)
+        yield decoding.prefilled()
+        while decoding.is_active:
+            num_drafted = decoding.next_draft_length(config.num_speculations)
+            yield decoding.record(speculative_step(self.model, decoding.state, config.exit_layer, num_drafted))
+
+
+def speculative_step(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, num_speculations: int) -> Tensor:
+    """One draft and its verification, a pure function of tensors; returns what `DecodingState.commit` does."""
+    draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations)
+    verdict = verify(model, state, exit_layer, draft, exit_states_BTD)
+    return state.commit(draft, verdict)
+
+
+def draft_tokens(
+    model: LlamaForCausalLM, state: DecodingState, exit_layer: int, num_speculations: int
+) -> tuple[Draft, Tensor]:
+    """Layers [0, E) run ahead: d tokens, one by one, and the exit states of the pending token and all of them."""
+    distributions, exit_states = [], []
+    for index in range(num_speculations + 1):
+        position_B1 = state.positions(index, 1)
+        exit_state_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
+        exit_states.append(exit_state_B1D)
+        if index < num_speculations:
+            logits_B1V = state.logits(model, exit_state_B1D, position_B1)
+            token_B1, q_B1V = state.rule.propose(logits_B1V, state.noise(position_B1 + 1))
+            state.write(position_B1 + 1, token_B1)
+            distributions.append(q_B1V)
+    tokens_Bd = state.read(state.positions(1, num_speculations))
+    draft = Draft(tokens_Bd, distributions, state.draft_lengths(num_speculations))
+    return draft, torch.cat(exit_states, dim=1)
+
+
+def verify(
+    model: LlamaForCausalLM, state: DecodingState, exit_layer: int, draft: Draft, exit_states_BTD: Tensor
+) -> Verdict:
+    """Layers [E, L) catch up on the exit states in one pass; the draft is judged by the full model's logits."""
+    positions_BT = state.positions(0, exit_states_BTD.shape[1])
+    hidden_BTD = forward_remainder(model, exit_states_BTD, positions_BT, state.cache, exit_layer)
+    logits_BTV = state.logits(model, hidden_BTD, positions_BT)
+    return state.rule.verify(draft, logits_BTV, state.noise(positions_BT + 1))
