@@ -1,0 +1,170 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""From names to things: a model and its tokenizer, the exit layer and draft length to use, a strategy."""
+
+import ast
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.early_exit import check_supported
+from self_speculation.generator_base import GenerationConfig, GenerationStrategy
+from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+
+BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"
+RECOMMENDATION_FILE = "layerskip.json"
+# The (E, d) with the paper's best speed-up (tables of section 6, greedy).
+PAPER_RECOMMENDATIONS = {
+    "facebook/layerskip-llama2-7B": (8, 12),
+    "facebook/layerskip-llama2-13B": (15, 12),
+}
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+STRATEGIES: dict[str, type[GenerationStrategy]] = {
+    "autoregressive": AutoregressiveGenerator,
+    "early_exit": EarlyExitGenerator,
+    "self_speculative": SelfSpeculativeGenerator,
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and where and how it runs."""
+
+    model: str = field(
+        default=str(BUNDLED_CHECKPOINT), metadata={"help": "Folder or hub name; the bundled checkpoint by default."}
+    )
+    model_args: str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; CUDA by default where there is any."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "auto, float32, bfloat16, float16 or float64; auto is the checkpoint's own, "
+            "but float32 on CPUs that are slow in 16 bits."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The exit layer and draft length to use with a checkpoint, and who says so."""
+
+    exit_layer: int
+    num_speculations: int
+    source: str
+
+
+def load(arguments: ModelArguments) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: no such model, no weights, no access, or a model that cannot exit early.
+    """
+    options, device = _parse_model_args(arguments.model_args), _device(arguments.device)
+    try:
+        options.setdefault("dtype", _dtype(arguments.dtype, AutoConfig.from_pretrained(arguments.model), device))
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(_loading_sentence(arguments.model, error)) from error
+    check_supported(model)
+    if "device_map" not in options:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def recommendation(name: str, num_layers: int) -> Recommendation:
+    """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4."""
+    path = Path(name) / RECOMMENDATION_FILE
+    if path.is_file():
+        values = json.loads(path.read_text())
+        return Recommendation(values["exit_layer"], values["num_speculations"], "recommended by the checkpoint")
+    if name in PAPER_RECOMMENDATIONS:
+        return Recommendation(*PAPER_RECOMMENDATIONS[name], "the paper's choice")
+    return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
+
+
+def make_strategy(model: LlamaForCausalLM, config: GenerationConfig) -> GenerationStrategy:
+    """The strategy that `config` names; autoregressive with an explicit exit layer means early exit."""
+    name = config.generation_strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"--generation_strategy must be one of {', '.join(STRATEGIES)}, not {name!r}.")
+    if name == "autoregressive" and config.exit_layer is not None:
+        name = "early_exit"
+    return STRATEGIES[name](model)
+
+
+def fill_in(config: GenerationConfig, advice: Recommendation) -> GenerationConfig:
+    """`config` with the recommended exit layer and draft length where none were given and the strategy needs them."""
+    if config.generation_strategy == "autoregressive":
+        return config
+    exit_layer = advice.exit_layer if config.exit_layer is None else config.exit_layer
+    num_speculations = advice.num_speculations if config.num_speculations is None else config.num_speculations
+    return dataclasses.replace(config, exit_layer=exit_layer, num_speculations=num_speculations)
+
+
+def _parse_model_args(text: str | None) -> dict[str, Any]:
+    """'k=v,k=v' as a dict; values are Python literals where they can be, else strings."""
+    options: dict[str, Any] = {}
+    for item in (text or "").split(","):
+        key, equals, value = item.strip().partition("=")
+        if item.strip() and not (key and equals):
+            raise ValueError(f"--model_args must look like 'k=v,k=v', but has {item.strip()!r}.")
+        if key:
+            try:
+                options[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                options[key] = value
+    return options
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device: {name!r} is not a device.") from error
+
+
+def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    own = config.dtype or torch.float32
+    is_slow = device.type == "cpu" and own.itemsize == 2 and not _is_fast(own)
+    return torch.float32 if is_slow else own
+
+
+def _is_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies 16-bit numbers in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    wanted = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    return any(capabilities.get(name, False) for name in wanted)
+
+
+def _loading_sentence(name: str, error: Exception) -> str:
+    text = str(error)
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"--model {name} is gated or private: ask for access at https://huggingface.co/{name}, "
+            "then set HF_TOKEN or run `hf auth login`."
+        )
+    if Path(name).is_dir():
+        return f"--model {name}: the folder has no model that transformers can load ({text.splitlines()[0]})"
+    return f"--model {name} is neither a folder nor a model that the hub could give ({text.splitlines()[0]})"
