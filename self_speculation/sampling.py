@@ -8,6 +8,9 @@ the acceptance test, and the draw of the recovered or bonus token: sharing one w
 Shapes: B batch, T positions of this call, C capacity, V vocabulary, S noise streams.
 """
 
+import hashlib
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,10 +52,15 @@ def draw(p_BTV: Tensor, uniform_BT: Tensor) -> Tensor:
 def noise(seed: int, prompts: list[list[int]], capacity: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), (B, C, S) in float64, that depend on the seed, the row and the position only.
 
-    A row is told by its prompt: the k-th copy of a prompt is row k, whatever else is in the batch.
+    A row is told by its prompt and by how many copies of it stand before, whatever else is in the batch.
     """
-    rows = [prompts[:index].count(prompt) for index, prompt in enumerate(prompts)]
-    uniforms = [np.random.Generator(np.random.Philox(key=[seed, row])).random((capacity, 3)) for row in rows]
+    copies: Counter[str] = Counter()
+    uniforms = []
+    for prompt in map(repr, prompts):
+        row = hashlib.sha256(f"{copies[prompt]}{prompt}".encode()).digest()[:8]
+        copies[prompt] += 1
+        bits = np.random.Philox(key=[seed, int.from_bytes(row)])
+        uniforms.append(np.random.Generator(bits).random((capacity, 3)))
     return torch.from_numpy(np.stack(uniforms)).to(device)
 
 
