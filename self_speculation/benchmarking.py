@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from self_speculation.cache import PositionAddressedCache
@@ -99,12 +99,8 @@ def measure_passes(
 
 def live_tensor_bytes() -> int:
     """Bytes of all tensors that are alive in this process, shared storage counted once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in gc.get_objects()
-        if issubclass(type(tensor), Tensor) and tensor.layout == torch.strided and tensor.device.type != "meta"
-    }
-    return sum(storages.values())
+    tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter) and not item.is_meta]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def peak_tensor_bytes(generator: HuggingfaceLlamaGenerator, prompt: list[int], config: GenerationConfig) -> int:
