@@ -1,0 +1,67 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""A tiny random Llama and a tokenizer, built in code, and the real rows that `LAYERSKIP_DATA` names."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from self_speculation.training import train_tokenizer
+
+torch.set_num_threads(1)
+
+VOCABULARY = 300
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "for i in range(10):\n    print(i)\n",
+    "class Näme:\n    pass\n",
+    "漢字 🙂\n",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 300 tokens: `<s>` 0, `</s>` 1, the bytes, and a few merges."""
+    return train_tokenizer(TEXTS * 3, VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    """A function that makes a tiny random Llama in float64: 6 layers, grouped-query attention; fields override."""
+
+    def make(**overrides: object) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.3,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": None,
+        }
+        return LlamaForCausalLM(LlamaConfig(**config | overrides)).double().eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """The tiny random Llama, in float64."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real rows; the test is skipped without it."""
+    folder = os.environ.get("LAYERSKIP_DATA")
+    if not folder:
+        pytest.skip("LAYERSKIP_DATA is not set")
+    return Path(folder)
