@@ -1,0 +1,169 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Loading, recommendations, the tie rule, and what the speed benchmark counts."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.benchmarking import HuggingfaceRival, PassCosts, live_tensor_bytes, measure_passes
+from self_speculation.equivalence import Cell, Difference, EquivalenceCheck, first_difference
+from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.loading import (
+    ModelArguments,
+    Recommendation,
+    fill_in,
+    load,
+    make_strategy,
+    recommendation,
+)
+from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A checkpoint of the tiny model, in bfloat16."""
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_dtype_is_the_checkpoint_s_own_where_the_cpu_is_fast_in_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda fast=fast: {"avx512_bf16": fast})
+        model, _ = load(ModelArguments(model=str(folder), device="cpu"))
+        assert model.dtype == dtype
+        assert not model.training
+    assert load(ModelArguments(model=str(folder), dtype="float64"))[0].dtype == torch.float64
+
+
+def test_model_args_reach_from_pretrained(folder: Path) -> None:
+    arguments = ModelArguments(model=str(folder), model_args="attn_implementation=eager, num_hidden_layers=3")
+    model, _ = load(arguments)
+    assert model.config.num_hidden_layers == 3
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_recommendations(tmp_path: Path) -> None:
+    assert recommendation("facebook/layerskip-llama2-7B", 32).exit_layer == 8
+    assert recommendation("someone/llama", 32) == recommendation("another/llama", 33)
+    assert recommendation("someone/llama", 2).exit_layer == 1
+    (tmp_path / "layerskip.json").write_text(json.dumps({"exit_layer": 5, "num_speculations": 7}))
+    advice = recommendation(str(tmp_path), 32)
+    assert (advice.exit_layer, advice.num_speculations) == (5, 7)
+
+
+def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
+    advice = Recommendation(3, 6, "test")
+    for strategy, given, expected in (
+        ("self_speculative", (None, None), (3, 6)),
+        ("self_speculative", (2, None), (2, 6)),
+        ("self_speculative", (None, 0), (3, 0)),
+        ("autoregressive", (None, None), (None, None)),
+        ("autoregressive", (2, None), (2, None)),
+        ("early_exit", (None, None), (3, 6)),
+    ):
+        config = GenerationConfig(generation_strategy=strategy, exit_layer=given[0], num_speculations=given[1])
+        filled = fill_in(config, advice)
+        assert (filled.exit_layer, filled.num_speculations) == expected
+
+
+def test_names_become_strategies(model: LlamaForCausalLM) -> None:
+    for strategy, exit_layer, kind in (
+        ("autoregressive", None, AutoregressiveGenerator),
+        ("autoregressive", 2, EarlyExitGenerator),
+        ("early_exit", 2, EarlyExitGenerator),
+        ("self_speculative", 2, SelfSpeculativeGenerator),
+    ):
+        config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
+        assert type(make_strategy(model, config)) is kind
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "position"),
+    [([], [], None), ([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)],
+)
+def test_first_difference(expected: list[int], actual: list[int], position: int | None) -> None:
+    assert first_difference(expected, actual) == position
+
+
+def test_ties_and_failures() -> None:
+    tie, failure = Difference(0, 3, 5, 6, 1e-7, 1e-6), Difference(0, 3, 5, 6, 1e-5, 1e-6)
+    end = Difference(0, 3, 5, None, None, None)
+    assert [difference.is_tie for difference in (tie, failure, end)] == [True, False, False]
+    assert Cell(1, 1, num_samples=100, differences=[tie]).is_correct
+    assert not Cell(1, 1, num_samples=99, differences=[tie]).is_correct
+    assert not Cell(1, 1, num_samples=1000, differences=[failure]).is_correct
+    assert not Cell(1, 1, num_samples=1000, differences=[end]).is_correct
+
+
+def test_the_margin_is_that_of_the_two_logits_in_float32(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model().to(torch.bfloat16)
+    check = EquivalenceCheck(model, tokenizer, GenerationConfig(sample=False), [Cell(2, 2)])
+    margin, tolerance = check._margin([0, 5, 9], [3, 4])
+    logits = model.float()(torch.tensor([[0, 5, 9]])).logits[0, -1]
+    assert margin == pytest.approx((logits[3] - logits[4]).abs().item())
+    assert tolerance == pytest.approx(4 * 2**-7 * logits.abs().max().item())
+    assert check._margin([0, 5, 9], [3, None]) == (None, None)
+
+
+def test_ideal_speedup_is_the_cost_model_s() -> None:
+    costs = PassCosts(autoregressive=10.0, draft=2.0, verification=12.0)
+    assert costs.ideal_speedup(4, 3.0) == pytest.approx(3 * 10 / (4 * 2 + 12))
+
+
+def test_live_tensor_bytes_counts_storage_once() -> None:
+    before = live_tensor_bytes()
+    tensor = torch.zeros(1000, dtype=torch.float64)
+    view = tensor[:500]
+    assert live_tensor_bytes() - before == 8000
+    del tensor, view
+    assert live_tensor_bytes() == before
+
+
+def test_passes_take_time(model: LlamaForCausalLM) -> None:
+    costs = measure_passes(model, list(range(2, 30)), exit_layer=2, num_speculations=3, repeats=2)
+    assert min(costs.autoregressive, costs.draft, costs.verification) > 0
+
+
+def test_rivals_give_the_same_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    ours = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model))
+    expected = ours.generate([[0, 7, 9, 11]], GenerationConfig(max_steps=12, sample=False))[0].tokens
+    assert HuggingfaceRival(model, 12).tokens([0, 7, 9, 11]) == expected
+    assert HuggingfaceRival(model, 12, exit_layer=2, num_speculations=3).tokens([0, 7, 9, 11]) == expected
+    assert HuggingfaceRival(model, 12).tokens([0, 7, 9, 11]) == expected
+
+
+def test_decode_speed_ends_in_one_json_object(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--num_samples 1 --max_steps 6 --repeats 1 --exit_layers 2 --draft_lengths 2 --dtype float64"
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "def add(a, b):", "response": ""}))
+    monkeypatch.setattr(sys, "argv", ["x", "--model", str(folder), "--data_path", str(rows), *flags.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "decode_speed.py"), run_name="__main__")
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["same_outputs"] == 1
+    assert (figures["exit_layer"], figures["num_speculations"]) == (2, 2)
+    assert 0.9 < figures["peak_memory_ratio"] < 1.1
+    assert all(
+        figures[name] > 0
+        for name in (
+            "ar_over_hf_generate",
+            "self_speculative_over_ar",
+            "self_speculative_over_hf_early_exit",
+            "share_of_ideal",
+        )
+    )
