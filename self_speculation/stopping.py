@@ -50,11 +50,9 @@ class StopRule:
     def settled_tokens(self, tokens: list[int], finished: bool) -> list[int]:
         """The tokens whose whole text can be shown."""
         tokens = self._before_stop_token(tokens)
-        shown = len(self.text(tokens, finished))
-        if len(self.decode(tokens)) == shown:
-            return tokens
+        shown = self.text(tokens, finished)
         count = len(tokens)
-        while count and len(self.decode(tokens[:count])) > shown:
+        while not shown.startswith(self.decode(tokens[:count])):
             count -= 1
         return tokens[:count]
 
@@ -75,6 +73,8 @@ class StopRule:
         return tokens[:-1] if stopped else tokens
 
     def _held_back(self, text: str) -> int:
-        incomplete = len(text) - len(text.rstrip(INCOMPLETE_CHARACTER))
-        starts = [length for word in self.stop_words for length in range(1, len(word)) if text.endswith(word[:length])]
-        return max([incomplete, *starts])
+        complete = text.rstrip(INCOMPLETE_CHARACTER)
+        starts = [
+            length for word in self.stop_words for length in range(1, len(word)) if complete.endswith(word[:length])
+        ]
+        return len(text) - len(complete) + max(starts, default=0)

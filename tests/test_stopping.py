@@ -338,3 +338,18 @@ def test_streamed_text(
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy(chain_model))
     (result,) = generator.generate([script[:1]], GenerationConfig(sample=False, **fields), streamer)
     assert "".join(streamer.pieces) == result.text == text
+
+
+def test_a_stop_string_is_held_back_behind_an_incomplete_character() -> None:
+    """Tokens are single bytes here: é and 漢 take several."""
+
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    rule = StopRule(frozenset(), frozenset(), ("foé", "foo"), decode)
+    answer = list(b"fo")
+    assert rule.text([*answer, 0xC3], finished=False) == ""
+    assert rule.text([*answer, 0xC3, 0xA9], finished=True) == ""
+    character = list("漢".encode())
+    assert rule.settled_tokens(character[:1], finished=False) == []
+    assert rule.settled_tokens([*character, *answer], finished=False) == character
