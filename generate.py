@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,9 @@ from self_speculation.interactive import InterruptKey, read_prompts
 from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, recommendation
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 from self_speculation.stopping import StopRule
+
+# How long a draft stays on the terminal, so that an eye can see it; no measured time includes it.
+DRAFT_SECONDS = 0.02
 
 
 @dataclass
@@ -45,6 +49,15 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other.")
+
+    def make_streamer(self) -> StepStreamer | None:
+        """What shows the answer; a prompt that was not typed is shown in front of it."""
+        if self.streamer == "none":
+            return None
+        shows_prompt = self.prompt is not None or self.prompt_file is not None
+        if self.streamer == "standard":
+            return PlainTextStreamer(shows_prompt=shows_prompt)
+        return SpeculativeTextStreamer(shows_prompt=shows_prompt, pause_seconds=DRAFT_SECONDS)
 
     def prompts(self) -> Iterator[str]:
         """The prompt of the command line, or those of standard input."""
@@ -128,15 +141,15 @@ def main() -> None:
     arguments, model_arguments, config, output = parse(
         GenerateArguments, ModelArguments, GenerationConfig, OutputArguments
     )
-    note = Console(stderr=True, highlight=False).print
+    note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
     advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
     config = fill_in(config, advice)
     generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
     note(describe(config, advice), style="dim")
-    streamer = {"none": None, "standard": PlainTextStreamer(), "speculative": SpeculativeTextStreamer()}
+    streamer = arguments.make_streamer()
     for prompt in arguments.prompts():
-        result = answer(generator, prompt, config, streamer[arguments.streamer])
+        result = answer(generator, prompt, config, streamer)
         if result is None:
             note("interrupted", style="dim")
             continue

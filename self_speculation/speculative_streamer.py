@@ -19,6 +19,7 @@ from rich.cells import cell_len, chop_cells, split_graphemes
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
+from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from self_speculation.generator_base import GenerationResult, RowStep
@@ -40,6 +41,7 @@ class Producer(StrEnum):
     BONUS = "bonus"
 
 
+PROMPT_STYLE = Style()
 DRAFT_STYLE = Style(color="yellow", dim=True)
 STYLES = {
     Producer.ACCEPTED: Style(color="green"),
@@ -60,21 +62,27 @@ def colored_pieces(steps: list[RowStep], stop_rule: StopRule) -> list[tuple[str,
 
 
 class PlainTextStreamer:
-    """Prints an answer's text as it settles and never takes anything back, so it suits files and pipes."""
+    """Prints an answer's text as it settles and never takes anything back, so it suits files and pipes.
 
-    def __init__(self, console: Console | None = None) -> None:
+    On a terminal it can show the prompt in front.
+    """
+
+    def __init__(self, console: Console | None = None, shows_prompt: bool = False) -> None:
         self.console = console or Console()
         self.is_terminal = self.console.file.isatty()
+        self.shows_prompt = shows_prompt and self.is_terminal
 
     def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
         """An answer begins; on a terminal the cursor must be at the left edge."""
         self.answer = _GrowingAnswer(stop_rule)
+        if self.shows_prompt:
+            self._print(stop_rule.decode(prompt), PROMPT_STYLE)
 
     def update(self, step: RowStep) -> None:
         """Print what the step made certain."""
         self.answer.add(step)
         for text, producer in self.answer.settled(finished=step.stop_reason is not None):
-            self._print(text, producer)
+            self._print(text, STYLES[producer])
         self.console.file.flush()
 
     def end(self) -> None:
@@ -82,7 +90,7 @@ class PlainTextStreamer:
         self.console.file.write("\n")
         self.console.file.flush()
 
-    def _print(self, text: str, producer: Producer) -> None:
+    def _print(self, text: str, style: Style) -> None:
         self.console.file.write(_harmless(text) if self.is_terminal else text)
 
 
@@ -92,8 +100,8 @@ class SpeculativeTextStreamer(PlainTextStreamer):
     The draft stays for `pause_seconds`. Where nothing can be erased, this is a `PlainTextStreamer`.
     """
 
-    def __init__(self, console: Console | None = None, pause_seconds: float = 0.0) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console | None = None, shows_prompt: bool = False, pause_seconds: float = 0.0) -> None:
+        super().__init__(console, shows_prompt)
         self.pause_seconds = pause_seconds
         can_erase = self.is_terminal and self.console.is_interactive and not self.console.legacy_windows
         self.line = _OpenLine(self.console) if can_erase else None
@@ -113,11 +121,11 @@ class SpeculativeTextStreamer(PlainTextStreamer):
             self.line.text = ""
         super().end()
 
-    def _print(self, text: str, producer: Producer) -> None:
+    def _print(self, text: str, style: Style) -> None:
         if self.line:
-            self.line.write(text, STYLES[producer])
+            self.line.write(text, style)
         else:
-            super()._print(text, producer)
+            super()._print(text, style)
 
 
 def export_svg(prompt_text: str, result: GenerationResult, stop_rule: StopRule, path: Path, title: str) -> None:
@@ -131,8 +139,8 @@ def export_svg(prompt_text: str, result: GenerationResult, stop_rule: StopRule, 
     console = Console(record=True, width=width, file=io.StringIO(), no_color=False, legacy_windows=False)
     for line in lines:
         for row in _rows_of(line, width):
-            console.print(row, soft_wrap=True)
-    console.save_svg(str(path), title=_harmless(title))
+            console.print(row)
+    console.save_svg(str(path), title=_harmless(title), theme=MONOKAI)
 
 
 class _GrowingAnswer:
@@ -262,4 +270,4 @@ def _legend(result: GenerationResult) -> Text:
     entries = Text(" · ").join(Text(name, STYLES[producer]) for producer, name in names.items())
     rate = result.acceptance_rate
     acceptance = "no drafts" if rate is None else f"acceptance rate {rate:.1%}"
-    return entries.append(f" · {acceptance} · {result.tokens_per_step:.2f} tokens per step", Style(color="default"))
+    return entries.append(f" · {acceptance} · {result.tokens_per_step:.2f} tokens per step")
