@@ -38,7 +38,7 @@ class AutoregressiveGenerator(GenerationStrategy):
         prefill(self.model, decoding.state, num_layers)
         yield decoding.prefilled()
         while decoding.is_active:
-            decoding.next_draft_length(0)
+            decoding.begin_step(0)
             yield decoding.record(autoregressive_step(self.model, decoding.state, num_layers))
 
 

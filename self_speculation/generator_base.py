@@ -198,8 +198,8 @@ class Decoding:
         rows = [RowStep(stop_reason=self._limit_reason(row) if ended else None) for row, ended in enumerate(self.ended)]
         return GenerationStep(rows)
 
-    def next_draft_length(self, num_speculations: int) -> int:
-        """d for the next step, no more than any row can use, or 0; the cache is told how far the step will look."""
+    def begin_step(self, num_speculations: int) -> int:
+        """Tell the cache how far the next step looks; returns its d, no more than any row can use."""
         rows = [row for row, ended in enumerate(self.ended) if not ended]
         lengths = [self._length(row) for row in range(len(self.ended))]
         remaining = max(self.limits[row] - lengths[row] for row in rows)

@@ -36,7 +36,7 @@ class SelfSpeculativeGenerator(GenerationStrategy):
         prefill(self.model, decoding.state, self.model.config.num_hidden_layers)
         yield decoding.prefilled()
         while decoding.is_active:
-            num_drafted = decoding.next_draft_length(config.num_speculations)
+            num_drafted = decoding.begin_step(config.num_speculations)
             yield decoding.record(speculative_step(self.model, decoding.state, config.exit_layer, num_drafted))
 
 

@@ -201,7 +201,7 @@ def first_steps(
         decoding = Decoding(model, request, NUM_SPECULATIONS)
         prefill(model, decoding.state, model.config.num_hidden_layers)
         for _ in range(NUM_STEPS):
-            assert decoding.next_draft_length(NUM_SPECULATIONS) == NUM_SPECULATIONS
+            assert decoding.begin_step(NUM_SPECULATIONS) == NUM_SPECULATIONS
             yield decoding.record(step(model, decoding.state, 1, NUM_SPECULATIONS))
 
 
