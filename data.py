@@ -22,6 +22,9 @@ class TextArguments:
     )
     text_field: str = field(default="text", metadata={"help": "Field of a JSON line that holds the text."})
     held_out: float = field(default=0.05, metadata={"help": "Share of the files (or JSON lines) kept for evaluation."})
+    split_seed: int = field(
+        default=0, metadata={"help": "Seed of the choice of held-out files; keep it when going on from a model."}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:

@@ -134,7 +134,9 @@ def main() -> None:
         TextArguments, ModelArguments, LayerSkipArguments, TrainingArguments
     )
     set_seed(training.seed)
-    train_texts, held_out_texts = split_held_out(read_texts(text_arguments), text_arguments.held_out, training.seed)
+    train_texts, held_out_texts = split_held_out(
+        read_texts(text_arguments), text_arguments.held_out, text_arguments.split_seed
+    )
     model, tokenizer = load(model_arguments, train_texts)
     blocks = PackedTexts(train_texts, tokenizer, model_arguments.block_size)
     held_out = PackedTexts(held_out_texts, tokenizer, model_arguments.block_size, model_arguments.eval_blocks)
