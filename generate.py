@@ -1,7 +1,7 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Generate text with self-speculative, autoregressive or early-exit decoding; interactive without a prompt.
 
-python generate.py --generation_strategy self_speculative --streamer speculative --prompt "def fibonacci(n):"
+python generate.py --generation_strategy self_speculative --streamer speculative --prompt "class Stack:"
 torchrun generate.py --model facebook/layerskip-llama3.2-1B --generation_strategy self_speculative
 """
 
