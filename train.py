@@ -121,6 +121,7 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, output: Path) -> None:
     """Write the model in bfloat16, its tokenizer, and how good its exits are."""
+    model.config.use_cache = True  # The Trainer turns it off.
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     table.to_csv(output / "exits.csv", index=False)
