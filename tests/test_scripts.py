@@ -265,7 +265,7 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
 @pytest.mark.parametrize("command", [c for c in readme_commands() if re.search(r"(generate|correctness)\.py", c)])
-def test_the_readme_s_commands_run(command: str, run: Callable[..., int], folder: Path) -> None:
+def test_the_readme_s_commands_run(command: str, run: Callable[..., int], folder: Path, rows: Path) -> None:
     script, *flags = shlex.split(command)[1:]
     main = {"generate.py": generate.main, "correctness.py": correctness.main}[script]
     if "--model" in flags:
@@ -274,6 +274,7 @@ def test_the_readme_s_commands_run(command: str, run: Callable[..., int], folder
         flags += ["--model", str(BUNDLED_CHECKPOINT)]
     if "--dataset" in flags:
         flags[flags.index("--dataset") + 1] = "custom_jsonl"
+        flags += ["--data_path", str(rows)]
     if script == "generate.py" and "--prompt" not in flags:
         flags += ["--prompt", PROMPT]
     assert run(main, *flags, "--max_steps", 4) == 0
