@@ -275,6 +275,8 @@ def test_the_readme_s_commands_run(command: str, run: Callable[..., int], folder
     if "--dataset" in flags:
         flags[flags.index("--dataset") + 1] = "custom_jsonl"
         flags += ["--data_path", str(rows)]
-    if script == "generate.py" and "--prompt" not in flags:
+    if script == "correctness.py":
+        flags += ["--num_samples", "1"]
+    elif "--prompt" not in flags:
         flags += ["--prompt", PROMPT]
     assert run(main, *flags, "--max_steps", 4) == 0
