@@ -119,11 +119,10 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return value
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, output: Path) -> None:
-    """Write the model in bfloat16, its tokenizer, and how good its exits are."""
+def save(model: LlamaForCausalLM, table: pd.DataFrame, output: Path) -> None:
+    """Write the model in bfloat16, and how good its exits are."""
     model.config.use_cache = True  # The Trainer turns it off.
     model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
     table.to_csv(output / "exits.csv", index=False)
     plot_exits(table, output / "exits.png")
     print(table.to_string(index=False, float_format="{:.3f}".format))
@@ -152,10 +151,12 @@ def main() -> None:
         data_collator=default_data_collator,
         layerskip=layerskip,
     )
+    if trainer.is_world_process_zero():  # At once, so that a run that is stopped leaves all that its checkpoints need.
+        tokenizer.save_pretrained(training.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
     if trainer.is_world_process_zero():
         table = evaluate_exits(model, held_out, training.per_device_eval_batch_size)
-        save(model, tokenizer, table, Path(training.output_dir))
+        save(model, table, Path(training.output_dir))
 
 
 if __name__ == "__main__":
