@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from arguments import OutputArguments, one_sentence_errors, parse
-from data import DatasetArguments, read_examples
+from data import DatasetArguments, prompt_limit, read_examples, shorten
 from self_speculation.equivalence import Cell, Difference, EquivalenceCheck
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, load, recommendation
@@ -78,6 +78,8 @@ def main() -> None:
         for num_speculations in config.draft_lengths or [advice.num_speculations]
     ]
     check = EquivalenceCheck(model, tokenizer, generation_config(config), cells)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    examples = shorten(examples, check.baseline.count_tokens, limit)
     batches = range(0, len(examples), config.batch_size)
     with tqdm(total=len(batches) * len(cells), desc="Checking", unit="run") as progress:
         for first in batches:

@@ -1,10 +1,16 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Where prompts and training texts come from."""
 
+import csv
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,15 +41,21 @@ class TextArguments:
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line of a JSON-lines file; a bad line is named by file and line."""
+    with _readable(path), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _json_object(line, f"{path}:{number}")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """One sentence for a file that is not text or not to be read."""
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_object(line, f"{path}:{number}")
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text.") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -103,69 +115,464 @@ def split_held_out(texts: dict[str, str], share: float, seed: int) -> tuple[list
 
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "examples" / "prompts.jsonl"
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt, and the response that the data has for it."""
-
-    prompt: str
-    response: str
+# A longer text file is read in windows of this many words.
+WINDOW_WORDS = 2000
+# How the files of a split are called, best first: for the prompts, and for the shots.
+PROMPT_SPLITS = ("test", "validation|valid|eval|dev", "train")
+SHOT_SPLITS = ("train", "validation|valid|eval|dev")
 
 
 @dataclass
 class DatasetArguments:
     """Which prompts to decode."""
 
-    dataset: Literal["custom_jsonl", "human_eval"] = field(
-        default="custom_jsonl", metadata={"help": "custom_jsonl (fields prompt and response) or human_eval."}
+    dataset: Literal[
+        "custom_jsonl",
+        "chat_format",
+        "text",
+        "human_eval",
+        "gsm8k",
+        "top_v2",
+        "cnn_dm_summarization",
+        "cnn_dm_lm",
+        "xsum_summarization",
+    ] = field(
+        default="custom_jsonl",
+        metadata={
+            "help": "cnn_dm_lm and text give the first words and have the rest written; chat_format has the last "
+            "assistant turn of 'messages' (role, content) or 'data' (role, message) written; text makes one prompt of "
+            f"each .txt file, or of each {WINDOW_WORDS} words of a longer one."
+        },
     )
     data_path: str | None = field(
         default=None,
-        metadata={"help": "File of JSON lines. Default: examples/prompts.jsonl, or the hub for human_eval."},
+        metadata={
+            "help": "File (JSON lines, JSON, CSV, Parquet) with the hub's field names, or a folder of such files; of "
+            "files named test*, validation* or train*, those of the test split. Default: the hub, and "
+            "examples/prompts.jsonl for custom_jsonl."
+        },
+    )
+    shots_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Likewise, for the shots. Default: the train (or validation) split of the hub or of the folder "
+            "--data_path; without one, rows set aside from the prompts' own."
+        },
     )
     num_samples: int | None = field(default=None, metadata={"help": "How many prompts; all by default."})
     random_shuffle: bool = field(default=True, metadata={"help": "Shuffle the rows, by --seed, before taking some."})
-    n_shot: int = field(default=0, metadata={"help": "Solved examples in front of every prompt."})
-    template: str | None = field(default=None, metadata={"help": "Text around each prompt, which stands at {message}."})
+    n_shot: int = field(
+        default=0, metadata={"help": "Solved examples in front of every prompt; of a split of their own, by --seed."}
+    )
+    template: str | None = field(
+        default=None, metadata={"help": "Text around shots and prompt, which stand at {message}."}
+    )
+    prompt_field: str = field(default="prompt", metadata={"help": "Field of a custom_jsonl row with the prompt."})
+    response_field: str = field(default="response", metadata={"help": "Field of a custom_jsonl row with the answer."})
+    prompt_words: int = field(
+        default=100, metadata={"help": "Words given by cnn_dm_lm and text; texts without any more are left out."}
+    )
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer prompts lose shots, then the end of the article, or the beginning of a text to go on from. "
+            "Default: the model's context less --max_steps, or half of the context if that leaves nothing; a prompt "
+            "without shots or article may then fill the context."
+        },
+    )
 
     def __post_init__(self) -> None:
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"--num_samples must be at least 1, not {self.num_samples}.")
-        if self.n_shot < 0:
-            raise ValueError(f"--n_shot must not be negative, but is {self.n_shot}.")
+        for name, least in (("num_samples", 1), ("n_shot", 0), ("prompt_words", 1), ("max_prompt_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, not {value}.")
+        if self.dataset == "text" and self.prompt_words >= WINDOW_WORDS:
+            raise ValueError(f"--prompt_words must be less than {WINDOW_WORDS} for text, not {self.prompt_words}.")
         if self.template is not None and "{message}" not in self.template:
             raise ValueError("--template must contain {message}.")
+        if self.shots_path is not None and not self.n_shot:
+            raise ValueError("--shots_path needs --n_shot of at least 1.")
+        if self.data_path is None and self.dataset in ("chat_format", "text"):
+            raise ValueError(f"--dataset {self.dataset} needs --data_path.")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, in parts that may be left out, and the response that the data has for it.
+
+    The row's own text is `before + body + after`. Only shots and body (an article, earlier turns) are ever shortened.
+    """
+
+    before: str
+    response: str
+    body: str = ""
+    after: str = ""
+    # Whether a shorter body is the end of the whole one, not its beginning.
+    keep_end: bool = False
+    # Solved examples as text; the last is next to the row's own text.
+    shots: tuple[str, ...] = ()
+    template: str = "{message}"
+    # The source row, and the file and line it comes from.
+    row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    place: str = field(default="", compare=False)
+
+    @property
+    def message(self) -> str:
+        """The row's own text."""
+        return self.before + self.body + self.after
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads. No braces but the template's `{message}` mean anything."""
+        return self.template.replace("{message}", "\n\n".join([*self.shots, self.message]))
 
 
 def read_examples(arguments: DatasetArguments, seed: int) -> list[Example]:
-    """The examples to decode: shuffled, `n_shot` of them set aside as shots, shots and template around each prompt."""
-    examples = {"custom_jsonl": _custom_jsonl, "human_eval": _human_eval}[arguments.dataset](arguments.data_path)
-    if arguments.random_shuffle:
-        random.Random(seed).shuffle(examples)
-    shots, examples = examples[: arguments.n_shot], examples[arguments.n_shot :][: arguments.num_samples]
-    if not examples:
-        raise ValueError(f"--dataset {arguments.dataset}: no prompts are left after {len(shots)} shots.")
-    before = "".join(f"{shot.prompt}{shot.response}\n\n" for shot in shots)
-    template = arguments.template or "{message}"
-    return [Example(template.replace("{message}", before + row.prompt), row.response) for row in examples]
+    """The examples to decode, in an order that depends on the seed alone, with shots and template around each.
+
+    Rows are checked when they are taken, and no shot is the prompt itself.
+    """
+    rows, shot_rows = _prompt_rows(arguments), _shot_rows(arguments) if arguments.n_shot else None
+    examples = _examples(rows, arguments, seed if arguments.random_shuffle else None)
+    if shot_rows:
+        # One to spare, for the prompt that is among them.
+        shots = _distinct(_examples(shot_rows, arguments, seed), arguments.n_shot + 1)
+    else:
+        shots = _distinct(examples, arguments.n_shot)
+    prompts = list(islice(examples, arguments.num_samples))
+    if not prompts:
+        limits = f"--n_shot {arguments.n_shot} and --prompt_words {arguments.prompt_words}"
+        raise ValueError(
+            f"--dataset {arguments.dataset}: no prompts are left of {len(rows.places)} rows with {limits}."
+        )
+    if len(shots) < arguments.n_shot:
+        raise ValueError(f"--n_shot {arguments.n_shot}: there are only {len(shots)} rows to take shots from.")
+    return [_with_shots(prompt, shots, arguments) for prompt in prompts]
 
 
-def _custom_jsonl(data_path: str | None) -> list[Example]:
-    return _json_lines(Path(data_path) if data_path else EXAMPLE_PROMPTS, "prompt", "response")
+def _with_shots(example: Example, shots: list[Example], arguments: DatasetArguments) -> Example:
+    texts = [shot.message + shot.response for shot in shots if shot.message != example.message]
+    return replace(example, shots=tuple(texts[: arguments.n_shot]), template=arguments.template or Example.template)
 
 
-def _human_eval(data_path: str | None) -> list[Example]:
-    if data_path:
-        return _json_lines(Path(data_path), "prompt", "canonical_solution")
-    from datasets import load_dataset
+def _distinct(examples: Iterator[Example], count: int) -> list[Example]:
+    """The next `count` examples that differ, or as many as there are; takes no more from the iterator."""
+    found: dict[str, Example] = {}
+    while len(found) < count and (example := next(examples, None)):
+        found.setdefault(example.message, example)
+    return list(found.values())
 
-    rows = load_dataset("openai/openai_humaneval", split="test")
-    return [Example(row["prompt"], row["canonical_solution"]) for row in rows]
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """Most tokens of a prompt; and of one that has nothing to leave out, whose answer may have to end early."""
+
+    most: int
+    most_whole: int
 
 
-def _json_lines(path: Path, prompt: str, response: str) -> list[Example]:
+def prompt_limit(arguments: DatasetArguments, context: int, max_steps: int) -> PromptLimit:
+    """`--max_prompt_tokens`, or what the answer leaves of the model's context: half of it if that is nothing."""
+    most = arguments.max_prompt_tokens
+    if most is None:
+        room = context - max(max_steps, 1) if max_steps < context else max(1, context // 2)
+        return PromptLimit(room, context - 1)
+    if most >= context:
+        raise ValueError(f"--max_prompt_tokens must be less than the model's context of {context}, not {most}.")
+    return PromptLimit(most, most)
+
+
+def fit(examples: list[Example], count_tokens: Callable[[str], int], limit: PromptLimit) -> tuple[list[Example], int]:
+    """The examples with prompts within the limit, and how many were made shorter for it.
+
+    Shots go first, from the far end, then words of the body; the instruction and the question stay.
+
+    Raises:
+        ValueError: what must stay has too many tokens.
+    """
+    fitted = []
+    for number, example in enumerate(examples):
+        shorter = _shortened(example, lambda text: count_tokens(text) <= limit.most)
+        if count_tokens(shorter.prompt) > limit.most_whole:
+            raise ValueError(
+                f"Sample {number} ({example.place}) is too long: its prompt, without shots and article, has more than "
+                f"the {limit.most_whole} tokens that --max_prompt_tokens or the model's context allows."
+            )
+        fitted.append(shorter)
+    return fitted, sum(new != old for new, old in zip(fitted, examples, strict=True))
+
+
+def shorten(examples: list[Example], count_tokens: Callable[[str], int], limit: PromptLimit) -> list[Example]:
+    """Likewise; says on standard error how many were shortened."""
+    fitted, num_shortened = fit(examples, count_tokens, limit)
+    if num_shortened:
+        print(f"{num_shortened} of {len(examples)} prompts were shortened to {limit.most} tokens.", file=sys.stderr)
+    return fitted
+
+
+def _shortened(example: Example, fits: Callable[[str], bool]) -> Example:
+    """The longest version that fits, or the shortest that there is."""
+    for dropped in range(len(example.shots) + 1):
+        fewer = replace(example, shots=example.shots[dropped:])
+        if fits(fewer.prompt):
+            return fewer
+    words = _word_spans(example.body)
+    if not words:
+        return fewer
+
+    def cut(count: int) -> Example:
+        first, last = words[-count], words[count - 1]
+        return replace(fewer, body=example.body[first[0] :] if example.keep_end else example.body[: last[1]])
+
+    # Token counts grow with the words, so that the first count too many can be searched for.
+    kept = bisect_left(range(1, len(words)), True, key=lambda count: not fits(cut(count).prompt))
+    return cut(max(kept, 1))
+
+
+def _word_spans(text: str) -> list[tuple[int, int]]:
+    return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """How a row becomes an example (None: there is nothing to write), and where the rows are on the hub."""
+
+    example: Callable[[dict[str, Any], str, DatasetArguments], Example | None]
+    hub: str | None = None
+    config: str | None = None
+    has_train: bool = False
+    is_text: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Source rows, read when they are asked for, and how an error names each: by file and line."""
+
+    places: Sequence[str]
+    rows: Sequence[dict[str, Any]]
+
+
+def _examples(rows: Rows, arguments: DatasetArguments, seed: int | None) -> Iterator[Example]:
+    """The rows' examples, in their own order or in a seed's; rows with nothing to write are left out."""
+    order = list(range(len(rows.places)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    for index in order:
+        row, place = rows.rows[index], rows.places[index]
+        example = DATASETS[arguments.dataset].example(row, place, arguments)
+        if example:
+            yield replace(example, row=row, place=place)
+
+
+def _prompt_rows(arguments: DatasetArguments) -> Rows:
+    dataset = DATASETS[arguments.dataset]
+    if arguments.data_path is not None:
+        files = _files("data_path", arguments.data_path, dataset)
+        return _file_rows(_of_split(files, PROMPT_SPLITS) or files, dataset)
+    return _hub_rows(arguments.dataset, "test") if dataset.hub else _file_rows([EXAMPLE_PROMPTS], dataset)
+
+
+def _shot_rows(arguments: DatasetArguments) -> Rows | None:
+    """Rows of the shots; None if they must be set aside from the prompts' own."""
+    dataset = DATASETS[arguments.dataset]
+    if arguments.shots_path is not None:
+        files = _files("shots_path", arguments.shots_path, dataset)
+        return _file_rows(_of_split(files, SHOT_SPLITS) or files, dataset)
+    if arguments.data_path is not None:
+        files = _files("data_path", arguments.data_path, dataset)
+        shots = _of_split(files, SHOT_SPLITS)
+        return None if not shots or shots == _of_split(files, PROMPT_SPLITS) else _file_rows(shots, dataset)
+    return _hub_rows(arguments.dataset, "train") if dataset.has_train else None
+
+
+def _hub_rows(name: str, split: str) -> Rows:
+    dataset = DATASETS[name]
+    try:
+        # Only this needs the package: local files are read without it.
+        from datasets import load_dataset
+
+        rows = load_dataset(dataset.hub, dataset.config, split=split)
+    # The hub's clients raise errors of many kinds, and the advice is the same for all.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"--dataset {name}: {dataset.hub} cannot be loaded from the hub; --data_path takes a local copy ({reason})."
+        ) from error
+    return Rows([f"{dataset.hub} {split}: row {number}" for number in range(1, len(rows) + 1)], rows)
+
+
+def _files(flag: str, path: str, dataset: Dataset) -> list[Path]:
+    """The file, or a folder's files of the kinds that the dataset may have, by name."""
+    root = Path(path)
+    if not root.exists():
+        raise ValueError(f"--{flag}: {root} does not exist.")
+    if not root.is_dir():
+        return [root]
+    suffixes = [".txt"] if dataset.is_text else list(READERS)
+    files = sorted((file for file in root.iterdir() if file.suffix.lower() in suffixes), key=lambda file: file.name)
+    if not files:
+        raise ValueError(f"--{flag}: {root} has no file of {', '.join(suffixes)}.")
+    return files
+
+
+def _of_split(files: list[Path], splits: tuple[str, ...]) -> list[Path]:
+    """The files of the first split that is there, of a folder in which files are named for splits."""
+    for names in splits:
+        found = [file for file in files if re.match(rf"({names})(?![a-z])", file.name.lower())]
+        if found:
+            return found
+    return []
+
+
+def _file_rows(files: list[Path], dataset: Dataset) -> Rows:
+    found = [row for file in files for row in _reader(file, dataset)(file)]
+    return Rows([place for place, _ in found], [row for _, row in found])
+
+
+def _reader(file: Path, dataset: Dataset) -> Callable[[Path], Iterable[tuple[str, dict[str, Any]]]]:
+    return _text_rows if dataset.is_text else READERS.get(file.suffix.lower(), _json_lines_rows)
+
+
+def _json_lines_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"{path}:{number}", row) for number, row in read_json_lines(path))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _readable(path):
+        text = path.read_text(encoding="utf-8")
+    if not text.lstrip().startswith("["):
+        # Files of JSON lines are often called .json.
+        yield from _json_lines_rows(path)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno} is not valid JSON: {error.msg}.") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {number} is not a JSON object.")
+        yield f"{path}: row {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _readable(path), path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            names = next(reader, [])
+            for values in filter(None, reader):
+                # A value may hold line breaks: this is the row's last line.
+                place = f"{path}:{reader.line_num}"
+                if len(values) > len(names):
+                    raise ValueError(f"{place} has more values than the first line has names.")
+                yield place, dict(zip(names, values, strict=False))
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num} is not valid CSV: {error}.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Comes with datasets, and is slow to import.
+    from pyarrow import ArrowException, parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _readable(path):
+        text = path.read_text(encoding="utf-8")
+    words = _word_spans(text)
+    for first in range(0, len(words), WINDOW_WORDS):
+        last = min(first + WINDOW_WORDS, len(words)) - 1
+        yield f"{path}, from word {first + 1}", {"text": text[words[first][0] : words[last][1]]}
+
+
+READERS = {".jsonl": _json_lines_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _custom_jsonl(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    return Example(text_field(row, arguments.prompt_field, place), text_field(row, arguments.response_field, place))
+
+
+def _chat_format(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    turns = _turns(row, place)
+    roles = [role.lower() for role, _ in turns]
+    if "assistant" not in roles[1:]:
+        raise ValueError(f"{place} has no assistant turn that answers another.")
+    answer = len(roles) - 1 - roles[::-1].index("assistant")
+    # The system's words and the last question stay; what was said between them may be cut.
+    num_system = next((n for n, role in enumerate(roles[:answer]) if role != "system"), answer)
+    question = max(num_system, answer - 1)
+    texts = [f"{role.capitalize()}: {text}\n" for role, text in turns]
+    before, body, after = texts[:num_system], texts[num_system:question], [*texts[question:answer], "Assistant:"]
+    return Example("".join(before), " " + turns[answer][1], "".join(body), "".join(after), keep_end=True)
+
+
+def _turns(row: dict[str, Any], place: str) -> list[tuple[str, str]]:
+    """Role and text of every turn."""
+    name, text = ("messages", "content") if "messages" in row else ("data", "message")
+    if not isinstance(row.get(name), list):
+        raise ValueError(f"{place} has no list of turns in a field 'messages' or 'data'.")
+    turns = [turn if isinstance(turn, dict) else {} for turn in row[name]]
     return [
-        Example(*(text_field(row, name, f"{path}:{number}") for name in (prompt, response)))
-        for number, row in read_json_lines(path)
+        (text_field(turn, "role", f"{place}, turn {number}"), text_field(turn, text, f"{place}, turn {number}"))
+        for number, turn in enumerate(turns, 1)
     ]
+
+
+def _text(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example | None:
+    return _prefix(text_field(row, "text", place), arguments.prompt_words)
+
+
+def _cnn_dm_lm(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example | None:
+    return _prefix(text_field(row, "article", place), arguments.prompt_words)
+
+
+def _prefix(text: str, num_words: int) -> Example | None:
+    """The first words, with the rest to be written; None if there is no rest."""
+    words = _word_spans(text)
+    if len(words) <= num_words:
+        return None
+    end = words[num_words - 1][1]
+    return Example("", text[end:], body=text[:end], keep_end=True)
+
+
+def _cnn_dm_summarization(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    return _summarization(text_field(row, "article", place), text_field(row, "highlights", place))
+
+
+def _xsum_summarization(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    return _summarization(text_field(row, "document", place), text_field(row, "summary", place))
+
+
+def _summarization(article: str, summary: str) -> Example:
+    return Example("Article: ", f" {summary}", body=article, after="\nSummary:")
+
+
+def _human_eval(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    return Example(text_field(row, "prompt", place), text_field(row, "canonical_solution", place))
+
+
+def _gsm8k(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    question, answer = text_field(row, "question", place), text_field(row, "answer", place)
+    return Example(f"Question: {question}\nAnswer:", f" {answer}")
+
+
+def _top_v2(row: dict[str, Any], place: str, arguments: DatasetArguments) -> Example:
+    domain, utterance = text_field(row, "domain", place), text_field(row, "utterance", place)
+    return Example(f"[{domain}] {utterance}\nParse:", f" {text_field(row, 'semantic_parse', place)}")
+
+
+DATASETS = {
+    "custom_jsonl": Dataset(_custom_jsonl),
+    "chat_format": Dataset(_chat_format),
+    "text": Dataset(_text, is_text=True),
+    "human_eval": Dataset(_human_eval, "openai/openai_humaneval"),
+    "gsm8k": Dataset(_gsm8k, "openai/gsm8k", "main", has_train=True),
+    "top_v2": Dataset(_top_v2, "WillHeld/top_v2", has_train=True),
+    "cnn_dm_summarization": Dataset(_cnn_dm_summarization, "abisee/cnn_dailymail", "3.0.0", has_train=True),
+    "cnn_dm_lm": Dataset(_cnn_dm_lm, "abisee/cnn_dailymail", "3.0.0", has_train=True),
+    "xsum_summarization": Dataset(_xsum_summarization, "EdinburghNLP/xsum", has_train=True),
+}
