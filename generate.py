@@ -115,12 +115,11 @@ def answer(
 
 def summary(result: GenerationResult, num_prompt_tokens: int) -> str:
     """Time, speed and acceptance of an answer, in one line."""
-    prefill_rate = (num_prompt_tokens - 1) / result.prefill_seconds
-    parts = [
-        f"{len(result.tokens)} tokens in {result.prefill_seconds + result.decode_seconds:.2f} s",
-        f"prefill {prefill_rate:.0f} tokens/s",
-        f"decode {result.tokens_per_second:.1f} tokens/s",
-    ]
+    parts = [f"{len(result.tokens)} tokens in {result.seconds:.2f} s"]
+    if result.prefill_seconds:
+        parts.append(f"prefill {(num_prompt_tokens - 1) / result.prefill_seconds:.0f} tokens/s")
+    if result.decode_tokens:
+        parts.append(f"decode {result.tokens_per_second:.1f} tokens/s")
     if result.acceptance_rate is not None:
         parts.append(f"acceptance {result.acceptance_rate:.1%}")
     parts.append(f"{result.tokens_per_step:.2f} tokens per step")
@@ -162,11 +161,13 @@ def main() -> None:
 
 def describe(config: GenerationConfig, advice: Recommendation) -> str:
     """The strategy and what it was told to do, in one line."""
-    if config.exit_layer is None:
-        return config.generation_strategy
+    parts = [config.generation_strategy]
+    if config.exit_layer is not None:
+        parts.append(f"exit layer {config.exit_layer}")
+    if config.num_speculations is not None:
+        parts.append(f"{config.num_speculations} drafts")
     chosen = (config.exit_layer, config.num_speculations) == (advice.exit_layer, advice.num_speculations)
-    source = f" ({advice.source})" if chosen else ""
-    return f"{config.generation_strategy}, exit layer {config.exit_layer}, {config.num_speculations} drafts{source}"
+    return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
 
 
 if __name__ == "__main__":

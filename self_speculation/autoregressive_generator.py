@@ -45,6 +45,8 @@ class AutoregressiveGenerator(GenerationStrategy):
 class EarlyExitGenerator(AutoregressiveGenerator):
     """One token a step from the first `config.exit_layer` layers: cheaper, and not the full model's output."""
 
+    uses = ("exit_layer",)
+
     def num_layers(self, config: GenerationConfig) -> int:
         """E."""
         return check_exit_layer(config.exit_layer, self.model)

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from self_speculation.cache import PositionAddressedCache, round_up
 from self_speculation.decoding_state import DecodingState
+from self_speculation.hardware import synchronize
 from self_speculation.sampling import noise, warpers
 from self_speculation.stopping import StopReason, StopRule
 from self_speculation.verification import GreedyRule, SamplingRule
@@ -39,7 +40,10 @@ class GenerationConfig:
         default=None, metadata={"help": "d: tokens drafted a step. Default: the checkpoint's recommendation."}
     )
     generation_strategy: str = field(
-        default="autoregressive", metadata={"help": "autoregressive, early_exit or self_speculative."}
+        default="autoregressive",
+        metadata={
+            "help": "autoregressive, early_exit or self_speculative; or transformers' own hf_generate or hf_early_exit."
+        },
     )
     sample: bool = field(default=True, metadata={"help": "Sample; False takes the most probable token."})
     temperature: float = field(default=0.6, metadata={"help": "Divides the logits when sampling."})
@@ -74,6 +78,17 @@ class GenerationRequest:
     stop_rule: StopRule
     logits_processors: LogitsProcessorList
 
+    def all_processors(self) -> LogitsProcessorList:
+        """The config's logits processors, then the caller's."""
+        ngram_size = self.config.no_repeat_ngram_size
+        own = [NoRepeatNGramLogitsProcessor(ngram_size)] if ngram_size else []
+        return LogitsProcessorList([*own, *self.logits_processors])
+
+    def limit_reason(self, row: int, context: int) -> StopReason:
+        """Why a row that meets no stop ends: it has `max_steps` new tokens, or fills the model's context."""
+        asked_for = len(self.prompts[row]) + self.config.max_steps
+        return StopReason.LENGTH if asked_for > context else StopReason.MAX_STEPS
+
 
 @dataclass(frozen=True)
 class RowStep:
@@ -96,19 +111,28 @@ class RowStep:
 
 @dataclass(frozen=True)
 class GenerationStep:
-    """One draft and its verification, for every row; rows that have ended are empty. Prefill is a step of no tokens."""
+    """One draft and its verification, for every row; rows that have ended are empty. Prefill is a step of no tokens.
+
+    `seconds` is how long it took, from a strategy that knows better than who waits for the step.
+    """
 
     rows: list[RowStep]
+    seconds: float | None = None
 
 
 @dataclass
 class GenerationResult:
-    """An answer, and what a benchmark needs to know of it. Times are of the row's whole batch, in seconds."""
+    """An answer, and what a benchmark needs to know of it. Times are of the row's whole batch, in seconds.
+
+    `first_token_seconds` ends with the first delivery of tokens and contains the prefill; `decode_seconds` begins
+    there. `prefill_seconds` is 0 where prefill and first tokens come as one.
+    """
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     stop_reason: StopReason | None = None
     prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: list[RowStep] = field(default_factory=list)
 
@@ -138,9 +162,19 @@ class GenerationResult:
         return len(self.tokens) / len(self.steps) if self.steps else 0.0
 
     @property
+    def seconds(self) -> float:
+        """From the prompt to the last token."""
+        return self.first_token_seconds + self.decode_seconds
+
+    @property
+    def decode_tokens(self) -> int:
+        """New tokens after the first delivery."""
+        return sum(len(step.tokens) for step in self.steps[1:])
+
+    @property
     def tokens_per_second(self) -> float:
-        """New tokens over decode time."""
-        return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
+        """The decode rate: new tokens after the first delivery over the time since then."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class StepStreamer(Protocol):
@@ -157,7 +191,12 @@ class StepStreamer(Protocol):
 
 
 class GenerationStrategy(ABC):
-    """A way of choosing the next tokens: writes `steps`, and nothing else."""
+    """A way of choosing the next tokens: writes `steps`, and nothing else.
+
+    `uses` names the settings of `GenerationConfig` that it cannot do without.
+    """
+
+    uses: tuple[str, ...] = ()
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
@@ -190,12 +229,15 @@ class Decoding:
             noise_BCS=noise(config.seed, prompts, capacity, device) if config.sample else None,
             cache=PositionAddressedCache(model.config.num_hidden_layers, capacity),
             rule=rule,
-            processors=_processors(request),
+            processors=request.all_processors(),
         )
 
     def prefilled(self) -> GenerationStep:
         """The step that stands for prefill; rows that may not generate at all end with it."""
-        rows = [RowStep(stop_reason=self._limit_reason(row) if ended else None) for row, ended in enumerate(self.ended)]
+        rows = [
+            RowStep(stop_reason=self.request.limit_reason(row, self.context) if ended else None)
+            for row, ended in enumerate(self.ended)
+        ]
         return GenerationStep(rows)
 
     def begin_step(self, num_speculations: int) -> int:
@@ -232,16 +274,12 @@ class Decoding:
             drafted = drafted[: len(new)]
         self.generated[row] += new
         if reason is None and self._length(row) == self.limits[row]:
-            reason = self._limit_reason(row)
+            reason = self.request.limit_reason(row, self.context)
         self.ended[row] = reason is not None
         return RowStep(drafted, min(accepted, len(new)), new, reason)
 
     def _length(self, row: int) -> int:
         return len(self.request.prompts[row]) + len(self.generated[row])
-
-    def _limit_reason(self, row: int) -> StopReason:
-        asked_for = len(self.request.prompts[row]) + self.request.config.max_steps
-        return StopReason.LENGTH if asked_for > self.context else StopReason.MAX_STEPS
 
 
 def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
@@ -263,12 +301,6 @@ def _padded(prompts: list[list[int]], capacity: int) -> Tensor:
     for row, prompt in enumerate(prompts):
         tokens_BC[row, : len(prompt)] = torch.tensor(prompt)
     return tokens_BC
-
-
-def _processors(request: GenerationRequest) -> LogitsProcessorList:
-    ngram_size = request.config.no_repeat_ngram_size
-    own = [NoRepeatNGramLogitsProcessor(ngram_size)] if ngram_size else []
-    return LogitsProcessorList([*own, *request.logits_processors])
 
 
 class TokenStreamer:
@@ -316,6 +348,10 @@ class HuggingfaceLlamaGenerator:
             decode=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
         )
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a prompt has."""
+        return len(self.tokenizer(text)["input_ids"])
+
     def encode(self, prompt: str | list[int]) -> list[int]:
         """A prompt's token ids.
 
@@ -330,6 +366,16 @@ class HuggingfaceLlamaGenerator:
             raise ValueError(f"The prompt has {len(tokens)} tokens; the model's context is {context}.")
         return tokens
 
+    def request(
+        self,
+        prompts: list[str] | list[list[int]],
+        config: GenerationConfig,
+        logits_processors: LogitsProcessorList | None = None,
+    ) -> GenerationRequest:
+        """What the strategy is asked for a batch of prompts."""
+        rows = [self.encode(prompt) for prompt in prompts]
+        return GenerationRequest(rows, config, self.stop_rule(config), logits_processors or LogitsProcessorList())
+
     def generate(
         self,
         prompts: list[str] | list[list[int]],
@@ -338,15 +384,14 @@ class HuggingfaceLlamaGenerator:
         logits_processors: LogitsProcessorList | None = None,
     ) -> list[GenerationResult]:
         """Answer a ragged batch of prompts, texts or token ids; a streamer takes a batch of one."""
-        rows = [self.encode(prompt) for prompt in prompts]
-        if streamer is not None and len(rows) != 1:
-            raise ValueError(f"A streamer shows one answer, but there are {len(rows)} prompts.")
-        request = GenerationRequest(rows, config, self.stop_rule(config), logits_processors or LogitsProcessorList())
-        results = [GenerationResult() for _ in rows]
+        if streamer is not None and len(prompts) != 1:
+            raise ValueError(f"A streamer shows one answer, but there are {len(prompts)} prompts.")
+        request = self.request(prompts, config, logits_processors)
+        results = [GenerationResult() for _ in prompts]
         if isinstance(streamer, BaseStreamer):
             streamer = TokenStreamer(streamer)
         if streamer is not None:
-            streamer.begin(rows[0], request.stop_rule)
+            streamer.begin(request.prompts[0], request.stop_rule)
         for index, (step, seconds) in enumerate(self._timed_steps(request)):
             for result, row in zip(results, step.rows, strict=True):
                 _collect(result, row, seconds, is_prefill=index == 0)
@@ -364,23 +409,20 @@ class HuggingfaceLlamaGenerator:
         while True:
             start = time.perf_counter()
             step = next(steps, None)
-            _synchronize()
+            synchronize()
             if step is None:
                 return
-            yield step, time.perf_counter() - start
+            yield step, time.perf_counter() - start if step.seconds is None else step.seconds
 
 
 def _collect(result: GenerationResult, row: RowStep, seconds: float, is_prefill: bool) -> None:
     result.stop_reason = result.stop_reason or row.stop_reason
     if is_prefill:
         result.prefill_seconds = seconds
-        return
-    result.decode_seconds += seconds
+    if not result.steps:
+        result.first_token_seconds += seconds
+    else:
+        result.decode_seconds += seconds
     if row.tokens:
         result.tokens += row.tokens
         result.steps.append(row)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

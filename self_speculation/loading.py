@@ -22,6 +22,7 @@ from transformers import (
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
 from self_speculation.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
+from self_speculation.rivals import HuggingfaceEarlyExitGenerator, HuggingfaceGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"
@@ -36,6 +37,8 @@ STRATEGIES: dict[str, type[GenerationStrategy]] = {
     "autoregressive": AutoregressiveGenerator,
     "early_exit": EarlyExitGenerator,
     "self_speculative": SelfSpeculativeGenerator,
+    "hf_generate": HuggingfaceGenerator,
+    "hf_early_exit": HuggingfaceEarlyExitGenerator,
 }
 
 
@@ -103,22 +106,24 @@ def recommendation(name: str, num_layers: int) -> Recommendation:
 
 
 def make_strategy(model: LlamaForCausalLM, config: GenerationConfig) -> GenerationStrategy:
-    """The strategy that `config` names; autoregressive with an explicit exit layer means early exit."""
-    name = config.generation_strategy
-    if name not in STRATEGIES:
-        raise ValueError(f"--generation_strategy must be one of {', '.join(STRATEGIES)}, not {name!r}.")
-    if name == "autoregressive" and config.exit_layer is not None:
-        name = "early_exit"
-    return STRATEGIES[name](model)
+    """The strategy that `config` names."""
+    return _strategy(config)(model)
 
 
 def fill_in(config: GenerationConfig, advice: Recommendation) -> GenerationConfig:
     """`config` with the recommended exit layer and draft length where none were given and the strategy needs them."""
-    if config.generation_strategy == "autoregressive":
-        return config
-    exit_layer = advice.exit_layer if config.exit_layer is None else config.exit_layer
-    num_speculations = advice.num_speculations if config.num_speculations is None else config.num_speculations
-    return dataclasses.replace(config, exit_layer=exit_layer, num_speculations=num_speculations)
+    missing = {name: getattr(advice, name) for name in _strategy(config).uses if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def _strategy(config: GenerationConfig) -> type[GenerationStrategy]:
+    """A strategy by its name; autoregressive with an explicit exit layer means early exit."""
+    name = config.generation_strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"--generation_strategy must be one of {', '.join(STRATEGIES)}, not {name!r}.")
+    if name == "autoregressive" and config.exit_layer is not None:
+        return EarlyExitGenerator
+    return STRATEGIES[name]
 
 
 def _parse_model_args(text: str | None) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from self_speculation.verification import Draft, Verdict
 class SelfSpeculativeGenerator(GenerationStrategy):
     """Drafts with the layers below `config.exit_layer`, verifies with the rest; the output is the full model's."""
 
+    uses = ("exit_layer", "num_speculations")
+
     @torch.inference_mode()
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """Prefill, then a draft of d tokens and its verification a step."""

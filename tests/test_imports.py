@@ -10,13 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "self_speculation"
 RANKS = (
-    "sampling stopping layer_dropout early_exit_loss interactive",
+    "sampling stopping layer_dropout early_exit_loss interactive hardware run_log acceptance grid_pictures metrics "
+    "code_execution",
     "cache verification",
     "early_exit",
     "decoding_state",
     "generator_base",
-    "autoregressive_generator self_speculation_generator speculative_streamer metrics",
-    "loading training equivalence benchmarking",
+    "autoregressive_generator self_speculation_generator rivals speculative_streamer",
+    "loading training equivalence prediction",
+    "benchmarking",
     "arguments data",
     "generate correctness train benchmark eval sweep",
 )

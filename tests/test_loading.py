@@ -2,8 +2,6 @@
 """Loading, recommendations, the tie rule, and what the speed benchmark counts."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
-from self_speculation.benchmarking import HuggingfaceRival, PassCosts, live_tensor_bytes, measure_passes
 from self_speculation.equivalence import Cell, Difference, EquivalenceCheck, first_difference
-from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.hardware import live_tensor_bytes
 from self_speculation.loading import (
     ModelArguments,
     Recommendation,
@@ -71,7 +69,9 @@ def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
         ("self_speculative", (None, 0), (3, 0)),
         ("autoregressive", (None, None), (None, None)),
         ("autoregressive", (2, None), (2, None)),
-        ("early_exit", (None, None), (3, 6)),
+        ("early_exit", (None, None), (3, None)),
+        ("hf_generate", (None, None), (None, None)),
+        ("hf_early_exit", (None, 4), (3, 4)),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=given[0], num_speculations=given[1])
         filled = fill_in(config, advice)
@@ -119,11 +119,6 @@ def test_the_margin_is_that_of_the_two_logits_in_float32(
     assert check._margin([0, 5, 9], [3, None]) == (None, None)
 
 
-def test_ideal_speedup_is_the_cost_model_s() -> None:
-    costs = PassCosts(autoregressive=10.0, draft=2.0, verification=12.0)
-    assert costs.ideal_speedup(4, 3.0) == pytest.approx(3 * 10 / (4 * 2 + 12))
-
-
 def test_live_tensor_bytes_counts_storage_once() -> None:
     before = live_tensor_bytes()
     tensor = torch.zeros(1000, dtype=torch.float64)
@@ -131,39 +126,3 @@ def test_live_tensor_bytes_counts_storage_once() -> None:
     assert live_tensor_bytes() - before == 8000
     del tensor, view
     assert live_tensor_bytes() == before
-
-
-def test_passes_take_time(model: LlamaForCausalLM) -> None:
-    costs = measure_passes(model, list(range(2, 30)), exit_layer=2, num_speculations=3, repeats=2)
-    assert min(costs.autoregressive, costs.draft, costs.verification) > 0
-
-
-def test_rivals_give_the_same_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    ours = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model))
-    expected = ours.generate([[0, 7, 9, 11]], GenerationConfig(max_steps=12, sample=False))[0].tokens
-    assert HuggingfaceRival(model, 12).tokens([0, 7, 9, 11]) == expected
-    assert HuggingfaceRival(model, 12, exit_layer=2, num_speculations=3).tokens([0, 7, 9, 11]) == expected
-    assert HuggingfaceRival(model, 12).tokens([0, 7, 9, 11]) == expected
-
-
-def test_decode_speed_ends_in_one_json_object(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = "--num_samples 1 --max_steps 6 --repeats 1 --exit_layers 2 --draft_lengths 2 --dtype float64"
-    rows = folder / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "def add(a, b):", "response": ""}))
-    monkeypatch.setattr(sys, "argv", ["x", "--model", str(folder), "--data_path", str(rows), *flags.split()])
-    runpy.run_path(str(ROOT / "benchmarks" / "decode_speed.py"), run_name="__main__")
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["same_outputs"] == 1
-    assert (figures["exit_layer"], figures["num_speculations"]) == (2, 2)
-    assert 0.9 < figures["peak_memory_ratio"] < 1.1
-    assert all(
-        figures[name] > 0
-        for name in (
-            "ar_over_hf_generate",
-            "self_speculative_over_ar",
-            "self_speculative_over_hf_early_exit",
-            "share_of_ideal",
-        )
-    )

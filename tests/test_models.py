@@ -195,7 +195,9 @@ def test_results(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
         for result in run(strategy(model), tokenizer):
             assert result.prefill_seconds > 0
             assert result.decode_seconds > 0
-            assert result.tokens_per_second == pytest.approx(len(result.tokens) / result.decode_seconds)
+            assert result.first_token_seconds > result.prefill_seconds
+            assert result.decode_tokens == len(result.tokens) - len(result.steps[0].tokens)
+            assert result.tokens_per_second == pytest.approx(result.decode_tokens / result.decode_seconds)
             assert result.tokens == [token for step in result.steps for token in step.tokens]
             assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
             assert len(result.accepted_per_step) == len(result.steps)
@@ -211,11 +213,12 @@ def test_results(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
 
 def test_result_of_given_steps() -> None:
     steps = [RowStep([1, 2, 3], 3, [1, 2, 3, 4]), RowStep([5, 6, 7], 1, [5, 8]), RowStep([], 0, [9])]
-    result = GenerationResult("", [1, 2, 3, 4, 5, 8, 9], StopReason.MAX_STEPS, 0.5, 2.0, steps)
+    result = GenerationResult("", [1, 2, 3, 4, 5, 8, 9], StopReason.MAX_STEPS, 0.5, 0.75, 2.0, steps)
     assert (result.drafted, result.accepted, result.accepted_per_step) == (6, 4, [3, 1, 0])
     assert result.acceptance_rate == pytest.approx(4 / 6)
     assert result.tokens_per_step == pytest.approx(7 / 3)
-    assert result.tokens_per_second == pytest.approx(3.5)
+    assert result.tokens_per_second == pytest.approx(3 / 2)
+    assert result.seconds == pytest.approx(2.75)
     assert [step.is_rejected for step in steps] == [False, True, False]
     assert (GenerationResult().acceptance_rate, GenerationResult().tokens_per_step) == (None, 0.0)
 
