@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from self_speculation.cache import PositionAddressedCache
+from self_speculation.fused_layers import Addressing, fused_layer
 
 ROPE_PER_CALL = ("dynamic", "longrope")
 
@@ -44,7 +45,13 @@ def run_layers(
     """Run the given layers over hidden states at the given positions, reading and writing the cache."""
     mask_B1TW = cache.address(positions_BT)
     position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
+    num_groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    addressing = Addressing.of(position_embeddings, mask_B1TW, num_groups)
     for layer in layers:
+        fused = fused_layer(model.model.layers[layer])
+        if fused is not None:
+            hidden_BTD = fused(hidden_BTD, addressing, cache)
+            continue
         hidden_BTD = model.model.layers[layer](
             hidden_BTD,
             attention_mask=mask_B1TW,

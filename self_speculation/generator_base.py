@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from self_speculation.cache import PositionAddressedCache, round_up
 from self_speculation.decoding_state import DecodingState
+from self_speculation.fused_layers import fuse
 from self_speculation.hardware import synchronize
 from self_speculation.sampling import noise, warpers
 from self_speculation.stopping import StopReason, StopRule
@@ -210,6 +211,7 @@ class Decoding:
     """One run of a strategy: the tensors of its state, and the host's record of what each row has generated."""
 
     def __init__(self, model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> None:
+        fuse(model)
         config, prompts = request.config, request.prompts
         device = token_device(model)
         context = model.config.max_position_embeddings

@@ -13,6 +13,7 @@ RANKS = (
     "sampling stopping layer_dropout early_exit_loss interactive hardware run_log acceptance grid_pictures metrics "
     "code_execution",
     "cache verification",
+    "fused_layers",
     "early_exit",
     "decoding_state",
     "generator_base",

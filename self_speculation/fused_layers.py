@@ -1,0 +1,160 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Llama's decoder layers with their weights side by side: one product for q, k and v, one for gate and up.
+
+The fused matrices are the storage, and the model's parameters become views of them: memory stays the same, and the
+model stays an ordinary one. What moves the parameters (`.to()`, loading with `assign=True`) breaks the views, so
+`fuse` looks at them before every generation. Layers that are not plain (quantised, adapted, hooked, replaced) are left
+to transformers.
+
+Shapes: B batch, T positions of this call, W visible keys, D hidden size, H query heads, G query heads for each of the
+key-value heads, K head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+
+from self_speculation.cache import PositionAddressedCache
+
+PLAIN_MODULES = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation}
+
+
+@dataclass(frozen=True)
+class Addressing:
+    """What all layers of a call share: rotary cosines and signed sines (B, T, 1, K), and the folded mask.
+
+    `mask_B1NW`, with N = G·T, is added to the scores; None at prefill, where attention is causal by itself.
+    """
+
+    cos_BT1K: Tensor
+    sin_BT1K: Tensor
+    mask_B1NW: Tensor | None
+
+    @classmethod
+    def of(cls, rotary: tuple[Tensor, Tensor], mask_B1TW: Tensor | None, num_groups: int) -> "Addressing":
+        """From the rotary embedding's cosines and sines (B, T, K) and the mask of visible keys."""
+        cos_BTK, sin_BTK = rotary
+        first, second = sin_BTK.chunk(2, dim=-1)
+        mask_B1NW = None
+        if mask_B1TW is not None:
+            hidden = torch.full((), float("-inf"), dtype=cos_BTK.dtype, device=cos_BTK.device)
+            mask_B1NW = torch.where(mask_B1TW, 0.0, hidden).repeat(1, 1, num_groups, 1)
+        return cls(cos_BTK[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None], mask_B1NW)
+
+    def rotate(self, heads_BTHK: Tensor) -> Tensor:
+        """Rotary position embedding: each half of a head is the other's partner."""
+        partner_BTHK = heads_BTHK.roll(heads_BTHK.shape[-1] // 2, dims=-1)
+        return torch.addcmul(heads_BTHK * self.cos_BT1K, partner_BTHK, self.sin_BT1K)
+
+
+class FusedLayer:
+    """One decoder layer; `heads` and `gate_up` are the fused matrices."""
+
+    def __init__(self, layer: LlamaDecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_groups = attention.num_key_value_groups
+        self.num_key_heads = attention.k_proj.out_features // attention.head_dim
+        self.heads = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
+        self.attention_out = attention.o_proj.weight
+        self.mlp_out = mlp.down_proj.weight
+        self.attention_norm = layer.input_layernorm
+        self.mlp_norm = layer.post_attention_layernorm
+
+    def is_of(self, layer: LlamaDecoderLayer) -> bool:
+        """Whether the layer's parameters still are what is stored here."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return (
+            _lie_in(self.heads, attention.q_proj, attention.k_proj, attention.v_proj)
+            and _lie_in(self.gate_up, mlp.gate_proj, mlp.up_proj)
+            and self.attention_out is attention.o_proj.weight
+            and self.mlp_out is mlp.down_proj.weight
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """A copied model has parameters of its own, which are not fused yet."""
+
+    def __call__(self, hidden_BTD: Tensor, addressing: Addressing, cache: PositionAddressedCache) -> Tensor:
+        """What leaves the layer (B, T, D)."""
+        heads_BTHK = F.linear(_norm(self.attention_norm, hidden_BTD), self.heads).unflatten(-1, (-1, self.head_dim))
+        num_rotated = heads_BTHK.shape[2] - self.num_key_heads
+        rotated_BTHK = addressing.rotate(heads_BTHK[:, :, :num_rotated])
+        query_BTHK, key_BTHK = rotated_BTHK.tensor_split((num_rotated - self.num_key_heads,), dim=2)
+        value_BTHK = heads_BTHK[:, :, num_rotated:]
+        keys, values = cache.update(key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2), self.index)
+        attended_BTD = self._attend(query_BTHK, keys, values, addressing.mask_B1NW)
+        hidden_BTD = hidden_BTD + F.linear(attended_BTD, self.attention_out)
+        gate, up = F.linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
+        return hidden_BTD + F.linear(F.silu(gate) * up, self.mlp_out)
+
+    def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, mask_B1NW: Tensor | None) -> Tensor:
+        """Attention (B, T, H·K): the queries that share a key head stand in one row, so that no key is repeated."""
+        if mask_B1NW is None:
+            attended = F.scaled_dot_product_attention(
+                query_BTHK.transpose(1, 2), keys, values, is_causal=True, enable_gqa=self.num_groups > 1
+            )
+            return attended.transpose(1, 2).flatten(2)
+        batch_size, length = query_BTHK.shape[:2]
+        query = query_BTHK.unflatten(2, (-1, self.num_groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask_B1NW)
+        attended = attended.unflatten(2, (self.num_groups, length)).permute(0, 3, 1, 2, 4)
+        return attended.reshape(batch_size, length, -1)
+
+
+def fuse(model: LlamaForCausalLM) -> None:
+    """Fuse every plain layer that is not fused, or whose parameters were moved since."""
+    for layer in model.model.layers:
+        fused = fused_layer(layer)
+        if not _is_plain(layer):
+            layer.fused = None
+        elif fused is None or not fused.is_of(layer):
+            layer.fused = FusedLayer(layer)
+
+
+def fused_layer(layer: nn.Module) -> FusedLayer | None:
+    """The layer's fused form, if it has one."""
+    return vars(layer).get("fused")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is as transformers made it: no other kinds of modules, no biases, no hooks."""
+    for module in layer.modules():
+        is_changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if type(module) not in PLAIN_MODULES or is_changed:
+            return False
+    weights = dict(layer.named_parameters())
+    dtype = layer.self_attn.q_proj.weight.dtype
+    return dtype.is_floating_point and all(
+        name.endswith("weight") and weight.dtype == dtype and not weight.is_meta for name, weight in weights.items()
+    )
+
+
+def _side_by_side(*linears: nn.Linear) -> Tensor:
+    """The weights as one matrix, of which each becomes a view."""
+    fused = torch.cat([linear.weight.data for linear in linears])
+    first = 0
+    for linear in linears:
+        linear.weight.data = fused[first : first + linear.out_features]
+        first += linear.out_features
+    return fused
+
+
+def _lie_in(fused: Tensor, *linears: nn.Linear) -> bool:
+    """Whether the weights are the fused matrix's rows, in order."""
+    pointer = fused.data_ptr()
+    for linear in linears:
+        if linear.weight.data_ptr() != pointer:
+            return False
+        pointer += linear.weight.nbytes
+    return True
+
+
+def _norm(norm: LlamaRMSNorm, hidden_BTD: Tensor) -> Tensor:
+    return F.rms_norm(hidden_BTD, norm.weight.shape, norm.weight, norm.variance_epsilon)
