@@ -1,0 +1,194 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Tokens a second at every (E, d), predicted: how many steps an answer takes, times what a step costs.
+
+The steps follow from one teacher-forced pass over a few answers of the full model, which tells for every exit layer
+at every position whether its draft would be accepted. The cost of a step is that of its passes, each timed by itself:
+(d+1) passes of layers [0, E), d heads, and one verification.
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit layers, N tokens of the answer.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaForCausalLM
+
+from self_speculation.acceptance import step_counts
+from self_speculation.cache import PositionAddressedCache
+from self_speculation.decoding_state import DecodingState, prefill
+from self_speculation.early_exit import embed, exit_logits, forward_early, run_layers
+from self_speculation.generator_base import (
+    Decoding,
+    GenerationConfig,
+    GenerationRequest,
+    GenerationResult,
+    HuggingfaceLlamaGenerator,
+)
+from self_speculation.hardware import synchronize
+from self_speculation.sampling import probabilities, process_logits, warpers
+from self_speculation.self_speculation_generator import draft_tokens, verify
+
+# Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding.
+CALLS = 4
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Median seconds of single passes at batch 1: by exit layer, and by exit layer and draft length."""
+
+    early: dict[int, float]
+    head: float
+    verification: dict[tuple[int, int], float]
+
+    def seconds(self, cell: tuple[int, int], steps: float, drafted: float) -> float:
+        """What so many steps and drafts take at an (E, d)."""
+        early = (steps + drafted) * self.early[cell[0]]
+        return early + drafted * self.head + steps * self.verification[cell]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An answer of the full model: how long it might have been, and how each exit would have drafted it, (E, N)."""
+
+    result: GenerationResult
+    limit: int
+    chances_EN: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What to expect of one cell of the grid, end to end."""
+
+    exit_layer: int
+    num_speculations: int
+    tokens_per_second: float
+    acceptance_rate: float
+    tokens_per_step: float
+
+
+def profile(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: str, exit_layers: list[int]
+) -> Profile:
+    """Answer a prompt with the generator's strategy, the full model's, and see what each exit would have drafted."""
+    tokens = generator.encode(prompt)
+    request = generator.request([tokens], config)
+    [result] = generator.generate([tokens], config)
+    chances_EN = acceptance_chances(generator.model, request, result.tokens, exit_layers)
+    context = generator.model.config.max_position_embeddings
+    return Profile(result, min(config.max_steps, context - len(tokens)), chances_EN)
+
+
+@torch.inference_mode()
+def acceptance_chances(
+    model: LlamaForCausalLM, request: GenerationRequest, tokens: list[int], exit_layers: list[int]
+) -> NDArray[np.float64]:
+    """How likely each token of the full model's answer is to be accepted as a draft of each exit layer, (E, N).
+
+    Greedy: whether the exit's most probable token is the answer's. Sampling: the overlap Σ min(p, q).
+    """
+    config = request.config
+    tokens_1T = torch.tensor([request.prompts[0] + tokens], device=model.device)
+    first = len(request.prompts[0]) - 1
+    positions_1N = torch.arange(first, first + len(tokens), device=model.device)[None]
+    states = [state_1TD[:, first:-1] for state_1TD in _states_after_each_layer(model, tokens_1T)]
+
+    def logits(depth: int) -> Tensor:
+        logits_1NV = exit_logits(model, states[depth - 1])
+        processors = request.all_processors()
+        return process_logits(logits_1NV, processors, tokens_1T, positions_1N) if processors else logits_1NV
+
+    if not config.sample:
+        agrees = [logits(exit_layer).argmax(-1) == tokens_1T[:, first + 1 :] for exit_layer in exit_layers]
+        return torch.cat(agrees).double().cpu().numpy()
+    filters = warpers(config.temperature, config.top_k, config.top_p)
+    p_1NV = probabilities(logits(len(states)), filters)
+    overlaps = [torch.minimum(p_1NV, probabilities(logits(layer), filters)).sum(-1) for layer in exit_layers]
+    return torch.cat(overlaps).double().cpu().numpy()
+
+
+def _states_after_each_layer(model: LlamaForCausalLM, tokens_1T: Tensor) -> Iterator[Tensor]:
+    """Hidden states (1, T, D) that leave layer 1, 2, … L."""
+    length = tokens_1T.shape[1]
+    cache = PositionAddressedCache(model.config.num_hidden_layers, length)
+    cache.see(length, is_prefill=True)
+    positions_1T = torch.arange(length, device=tokens_1T.device)[None]
+    hidden_1TD = embed(model, tokens_1T)
+    for layer in range(model.config.num_hidden_layers):
+        hidden_1TD = run_layers(model, hidden_1TD, range(layer, layer + 1), positions_1T, cache)
+        yield hidden_1TD
+
+
+@torch.inference_mode()
+def measure_passes(model: LlamaForCausalLM, request: GenerationRequest, cells: list[tuple[int, int]]) -> PassCosts:
+    """Time every pass of every (E, d) after the request's prompt, interleaved."""
+    longest = max(num_speculations for _, num_speculations in cells)
+    decoding = Decoding(model, request, longest)
+    prefill(model, decoding.state, model.config.num_hidden_layers)
+    decoding.state.cache.see(len(request.prompts[0]) + longest)
+    passes = _passes(model, decoding.state, cells)
+    seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
+    for _ in tqdm(range(ROUNDS), desc="Timing passes", unit="round"):
+        for key, run in passes.items():
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                run()
+            synchronize()
+            seconds[key].append((time.perf_counter() - start) / CALLS)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    return PassCosts(
+        early={key[0]: value for key, value in median.items() if len(key) == 1},
+        head=median[()],
+        verification={key: value for key, value in median.items() if len(key) == 2},
+    )
+
+
+def _passes(
+    model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]]
+) -> dict[tuple[int, ...], Callable[[], object]]:
+    """The head under (), layers [0, E) under (E), verification under (E, d)."""
+    position_B1 = state.positions(0, 1)
+    exit_state_B1D = embed(model, state.read(position_B1))
+
+    def head() -> None:
+        token_B1, _ = state.rule.propose(state.logits(model, exit_state_B1D, position_B1), state.noise(position_B1))
+        state.write(position_B1 + 1, token_B1)
+
+    def early(exit_layer: int) -> None:
+        forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
+
+    passes: dict[tuple[int, ...], Callable[[], object]] = {(): head}
+    for exit_layer, num_speculations in cells:
+        draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations)
+        passes[exit_layer,] = partial(early, exit_layer)
+        passes[exit_layer, num_speculations] = partial(verify, model, state, exit_layer, draft, exit_states_BTD)
+    return passes
+
+
+def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:
+    """Every cell's tokens a second over the profiled answers; the profiles have the cells' exit layers in order."""
+    rows = {exit_layer: row for row, exit_layer in enumerate(sorted({exit_layer for exit_layer, _ in cells}))}
+    counts = {
+        drafts: [step_counts(one.chances_EN, drafts, one.limit) for one in profiles]
+        for drafts in {drafts for _, drafts in cells}
+    }
+    num_tokens = sum(len(one.result.tokens) for one in profiles)
+    prefill_seconds = sum(one.result.prefill_seconds for one in profiles)
+    predictions = []
+    for exit_layer, drafts in cells:
+        row = rows[exit_layer]
+        steps = sum(float(one.steps_E[row]) for one in counts[drafts])
+        drafted = sum(float(one.drafted_E[row]) for one in counts[drafts])
+        accepted = sum(float(one.accepted_E[row]) for one in counts[drafts])
+        seconds = prefill_seconds + costs.seconds((exit_layer, drafts), steps, drafted)
+        rates = (num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps)
+        predictions.append(Prediction(exit_layer, drafts, *rates))
+    return predictions
