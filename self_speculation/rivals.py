@@ -61,13 +61,15 @@ class HuggingfaceGenerator(GenerationStrategy):
         prompt_BT = torch.tensor(request.prompts, device=device)
         watcher = DeliveryWatcher(prompt_BT.shape[1])
         stop_words = StoppingCriteriaList([StopWords(stop_rule, prompt_BT.shape[1])] if stop_rule.stop_words else [])
+        end_ids = sorted(stop_rule.end_ids | stop_rule.stop_token_ids) or None
         with _seed(config, device), _generation_config(self.model, config), watcher.watching(self.model):
             self.model.generate(
                 prompt_BT,
                 attention_mask=torch.ones_like(prompt_BT),
                 max_new_tokens=max_new,
-                eos_token_id=sorted(stop_rule.end_ids | stop_rule.stop_token_ids) or None,
-                pad_token_id=0,
+                eos_token_id=end_ids,
+                # An end token: any other that the prompt has would be taken for padding, and masked, when drafting.
+                pad_token_id=end_ids[0] if end_ids else None,
                 no_repeat_ngram_size=config.no_repeat_ngram_size,
                 logits_processor=copy.copy(request.logits_processors),
                 stopping_criteria=stop_words,
@@ -85,6 +87,8 @@ class HuggingfaceEarlyExitGenerator(HuggingfaceGenerator):
 
     def drafting_options(self, config: GenerationConfig) -> dict[str, Any]:
         """E; the draft length is read from the model's generation config."""
+        if config.num_speculations is None:
+            raise ValueError("transformers' early exit needs --num_speculations.")
         return {"assistant_early_exit": check_exit_layer(config.exit_layer, self.model)}
 
 
@@ -168,7 +172,7 @@ class StopWords(StoppingCriteria):
 @contextmanager
 def _generation_config(model: LlamaForCausalLM, config: GenerationConfig) -> Iterator[None]:
     """The model's generation config with a constant draft length, whatever the draft's confidence; put back after."""
-    own = model.generation_config
+    own, num_layers = model.generation_config, model.config.num_hidden_layers
     model.generation_config = copy.copy(own)
     model.generation_config.num_assistant_tokens = config.num_speculations
     model.generation_config.num_assistant_tokens_schedule = "constant"
@@ -177,6 +181,8 @@ def _generation_config(model: LlamaForCausalLM, config: GenerationConfig) -> Ite
         yield
     finally:
         model.generation_config = own
+        # transformers drafts by changing this, and leaves it changed when it is interrupted.
+        model.config.num_hidden_layers = num_layers
 
 
 @contextmanager
