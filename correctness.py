@@ -69,6 +69,8 @@ def main() -> None:
     model_arguments, dataset, config, output = parse(
         ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments
     )
+    path = Path(output.output_dir) / "correctness.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
@@ -88,8 +90,6 @@ def main() -> None:
                 progress.update()
                 progress.set_postfix(differences=sum(len(cell.differences) for cell in cells))
     settings = {"model": asdict(model_arguments), "dataset": asdict(dataset), "generation": asdict(config)}
-    path = Path(output.output_dir) / "correctness.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document(settings, cells), indent=1))
     report(cells, tokenizer, path)
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)

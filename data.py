@@ -426,6 +426,8 @@ def _of_split(files: list[Path], splits: tuple[str, ...]) -> list[Path]:
 
 def _file_rows(files: list[Path], dataset: Dataset) -> Rows:
     found = [row for file in files for row in _reader(file, dataset)(file)]
+    if not found:
+        raise ValueError(f"{', '.join(map(str, files))}: there are no rows.")
     return Rows([place for place, _ in found], [row for _, row in found])
 
 

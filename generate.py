@@ -49,6 +49,8 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other.")
+        if self.export_svg is not None and not Path(self.export_svg).parent.is_dir():
+            raise ValueError(f"--export_svg {self.export_svg}: there is no such folder.")
 
     def make_streamer(self) -> StepStreamer | None:
         """What shows the answer; a prompt that was not typed is shown in front of it."""

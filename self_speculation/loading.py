@@ -88,6 +88,9 @@ def load(arguments: ModelArguments) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(_loading_sentence(arguments.model, error)) from error
+    except TypeError as error:
+        cause = f"--model_args {arguments.model_args}" if arguments.model_args else f"--model {arguments.model}"
+        raise ValueError(f"{cause}: {error}.") from error
     check_supported(model)
     if "device_map" not in options:
         model.to(device)
@@ -98,8 +101,11 @@ def recommendation(name: str, num_layers: int) -> Recommendation:
     """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4."""
     path = Path(name) / RECOMMENDATION_FILE
     if path.is_file():
-        values = json.loads(path.read_text())
-        return Recommendation(values["exit_layer"], values["num_speculations"], "recommended by the checkpoint")
+        try:
+            values = json.loads(path.read_text())
+            return Recommendation(values["exit_layer"], values["num_speculations"], "recommended by the checkpoint")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is not a JSON object with exit_layer and num_speculations.") from error
     if name in PAPER_RECOMMENDATIONS:
         return Recommendation(*PAPER_RECOMMENDATIONS[name], "the paper's choice")
     return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
@@ -142,10 +148,13 @@ def _parse_model_args(text: str | None) -> dict[str, Any]:
 
 
 def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device: {name!r} is not a device.") from error
+        return torch.empty(0, device=name).device
+    # What torch raises for a kind of device that it was built without.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
 
 
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

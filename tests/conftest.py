@@ -1,7 +1,9 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
-"""A tiny random Llama and a tokenizer, built in code, and the real rows that `LAYERSKIP_DATA` names."""
+"""A tiny random Llama and a tokenizer, built in code, scripts run on them, and the rows that `LAYERSKIP_DATA` names."""
 
+import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +58,47 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
 def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     """The tiny random Llama, in float64."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A checkpoint of the tiny model, in float64."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    make_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Four short prompts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "def add(a, b):" + " " * n, "response": "x"}) + "\n" for n in range(4))
+    )
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Callable[..., int]:
+    """Run a script's main in this process, on the tiny checkpoint; returns its exit code."""
+
+    def run_main(main: Callable[[], None], *flags: object) -> int:
+        given = [str(flag) for flag in flags]
+        defaults = {"--model": folder, "--output_dir": tmp_path / "logs"}
+        given += [str(item) for flag, value in defaults.items() if flag not in given for item in (flag, value)]
+        monkeypatch.setattr(sys, "argv", ["script.py", *given])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+
+    return run_main
 
 
 @pytest.fixture(scope="session")

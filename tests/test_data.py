@@ -379,7 +379,7 @@ def test_prompts_leave_room_for_the_answer() -> None:
         ('{"prompt": "a", "response": "b"}\n\n{"prompt": 1, "response": "b"}\n', "bad.jsonl:3"),
         ('{"prompt": "a", "resp', "bad.jsonl:1"),
         ("[1, 2]\n", "bad.jsonl:1"),
-        ("", "no prompts"),
+        ("", "bad.jsonl: there are no rows"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(text: str, named: str, tmp_path: Path) -> None:

@@ -8,12 +8,11 @@ import pty
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import correctness
 import generate
@@ -23,45 +22,6 @@ from self_speculation.loading import BUNDLED_CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "def add(a, b):"
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: Callable[..., LlamaForCausalLM],
-    tokenizer: PreTrainedTokenizerFast,
-) -> Path:
-    """A checkpoint of the tiny model, in float64."""
-    path = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """Four short prompts."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": PROMPT + " " * n, "response": "x"}) + "\n" for n in range(4)))
-    return path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Iterator[Callable[..., int]]:
-    """Run a script's main in this process, on the tiny checkpoint; returns its exit code."""
-
-    def run_main(main: Callable[[], None], *flags: object) -> int:
-        given = [str(flag) for flag in flags]
-        defaults = {"--model": folder, "--output_dir": tmp_path / "logs"}
-        given += [str(item) for flag, value in defaults.items() if flag not in given for item in (flag, value)]
-        monkeypatch.setattr(sys, "argv", ["script.py", *given])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
-
-    return run_main
 
 
 def test_generate_gives_the_same_text_by_every_lossless_way(
@@ -128,6 +88,19 @@ def test_correctness_passes_over_a_grid_and_writes_one_document(
     assert "PASS: 18 runs" in capsys.readouterr().out
 
 
+def test_correctness_shortens_articles_that_do_not_fit_and_says_so(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "articles.jsonl"
+    articles = ["word " * 400, "short"]
+    path.write_text("".join(json.dumps({"document": text, "summary": "x"}) + "\n" for text in articles))
+    flags = ["--dataset", "xsum_summarization", "--data_path", path, "--dtype", "float64", "--exit_layer", 2]
+    assert run(correctness.main, *flags, "--num_speculations", 2, "--max_steps", 8) == 0
+    assert "1 of 2 prompts were shortened to 248 tokens" in capsys.readouterr().err
+    assert run(correctness.main, *flags, "--max_prompt_tokens", 3) == 2
+    assert "--max_prompt_tokens" in capsys.readouterr().err
+
+
 def test_correctness_reports_a_difference_and_fails(
     run: Callable[..., int],
     rows: Path,
@@ -149,58 +122,6 @@ def test_correctness_reports_a_difference_and_fails(
     said = capsys.readouterr().out
     assert "FAILURE" in said
     assert "FAIL: 2 runs" in said
-
-
-MISTAKES = [
-    (generate.main, ["--nonsense", 1], "--nonsense"),
-    (generate.main, ["--model", "no/such/folder"], "--model no/such/folder"),
-    (generate.main, ["--model", "EMPTY"], "--model"),
-    (generate.main, ["--exit_layer", 7, "--generation_strategy", "self_speculative"], "--exit_layer"),
-    (generate.main, ["--exit_layer", 0], "--exit_layer"),
-    (generate.main, ["--max_steps", -1], "--max_steps"),
-    (generate.main, ["--max_steps", "many"], "--max_steps"),
-    (generate.main, ["--generation_strategy", "guess"], "--generation_strategy"),
-    (generate.main, ["--temperature", 0], "--temperature"),
-    (generate.main, ["--top_p", 1.5], "--top_p"),
-    (generate.main, ["--dtype", "int4"], "--dtype"),
-    (generate.main, ["--device", "abacus"], "--device"),
-    (generate.main, ["--model_args", "revision"], "--model_args"),
-    (generate.main, ["--prompt_file", "no_such_file.txt"], "no_such_file.txt"),
-    (generate.main, ["--prompt", "x", "--prompt_file", "y"], "--prompt_file"),
-    (generate.main, ["--prompt", "x " * 400], "context"),
-    (generate.main, ["--streamer", "loud"], "--streamer"),
-    (correctness.main, ["--sample", "True"], "--sample"),
-    (correctness.main, ["--exit_layer", "1:9"], "--exit_layer"),
-    (correctness.main, ["--exit_layer", "one"], "--exit_layer"),
-    (correctness.main, ["--num_speculations", "3:1"], "--num_speculations"),
-    (correctness.main, ["--batch_size", 0], "--batch_size"),
-    (correctness.main, ["--data_path", "no_such.jsonl"], "no_such.jsonl"),
-    (correctness.main, ["--dataset", "poems"], "--dataset"),
-    (correctness.main, ["--num_samples", 0], "--num_samples"),
-    (correctness.main, ["--template", "no place"], "--template"),
-    (correctness.main, ["--n_shot", 99], "no prompts"),
-]
-
-
-@pytest.mark.parametrize(("main", "flags", "named"), MISTAKES, ids=[" ".join(map(str, m[1]))[:30] for m in MISTAKES])
-def test_a_mistake_gets_one_sentence_and_exit_code_2(
-    run: Callable[..., int],
-    main: Callable[[], None],
-    flags: list[object],
-    named: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    flags = [empty if flag == "EMPTY" else flag for flag in flags]
-    needs_prompt = main is generate.main and not {"--prompt", "--prompt_file"} & set(flags)
-    assert run(main, *flags, *(["--prompt", "x"] if needs_prompt else [])) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    [sentence] = [line for line in said.splitlines() if "error: " in line]
-    assert said.rstrip().endswith(sentence)
-    assert named in sentence
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_session(

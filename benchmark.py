@@ -1,0 +1,379 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Measure strategies on the same prompts, interleaved in one process: speed, acceptance, memory and text quality.
+
+python benchmark.py --generation_strategy autoregressive self_speculative hf_generate hf_early_exit --sample False
+torchrun benchmark.py --model facebook/layerskip-llama3.2-1B --dataset cnn_dm_summarization --num_samples 100 \\
+    --generation_strategy self_speculative --exit_layer 8 --num_speculations 6 --output_dir ./logs
+
+Every finished sample is a line of OUTPUT_DIR/benchmark.jsonl, the totals are OUTPUT_DIR/benchmark.json, and the last
+line of standard output is the totals as one JSON object. A killed run goes on with --resume True.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from arguments import OutputArguments, one_sentence_errors, parse
+from data import DatasetArguments, Example, fit, prompt_limit, read_examples
+from self_speculation.benchmarking import (
+    BASELINES,
+    Contestant,
+    Measurement,
+    Round,
+    WeightBytes,
+    bandwidth_share,
+    interleaved,
+    speedup,
+    totals,
+)
+from self_speculation.code_execution import completion, network_isolation, pass_at_1, program
+from self_speculation.generator_base import GenerationConfig, check_exit_layer
+from self_speculation.hardware import last_level_cache_bytes, memory_bandwidth, surroundings
+from self_speculation.loading import ModelArguments, fill_in, load, recommendation
+from self_speculation.run_log import RunLog
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure besides speed, and how often."""
+
+    repeats: int = field(default=1, metadata={"help": "Rounds over all prompts; times are medians over the rounds."})
+    score_text: bool = field(
+        default=True, metadata={"help": "ROUGE, BLEU, exact match and edit distance to the data's responses."}
+    )
+    execute_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the answers to human_eval against its tests (pass@1). Off because it runs code that a model "
+            "wrote. Each program has its own process, limits of time, memory and file size, and no network: a network "
+            "namespace where the system allows one, else only blocked sockets; the results say which."
+        },
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on with the run in --output_dir that was interrupted."})
+    verbose: bool = field(default=False, metadata={"help": "Print every sample's prompt, response and answers."})
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, not {self.repeats}.")
+
+
+@dataclass
+class BenchmarkConfig(GenerationConfig):
+    """How to decode: the flags of generation, for one or several strategies."""
+
+    generation_strategy: list[str] = field(
+        default_factory=lambda: ["autoregressive"],
+        metadata={
+            "help": "One or several of autoregressive, early_exit, self_speculative, and transformers' own "
+            "hf_generate and hf_early_exit (generate with assistant_early_exit)."
+        },
+    )
+
+    def of_each_strategy(self) -> dict[str, GenerationConfig]:
+        """One config a strategy; autoregressive with an exit layer, alone, is early exit."""
+        names = list(dict.fromkeys(self.generation_strategy))
+        if names == ["autoregressive"] and self.exit_layer is not None:
+            names = ["early_exit"]
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(GenerationConfig)}
+        configs = {name: GenerationConfig(**values | {"generation_strategy": name}) for name in names}
+        if "autoregressive" in configs:
+            configs["autoregressive"].exit_layer = None
+        return configs
+
+
+class Benchmark:
+    """The contestants, their prompts, and the log of what has been measured; work is shared out over the ranks."""
+
+    def __init__(self, contestants: dict[str, Contestant], examples: list[Example], log: RunLog) -> None:
+        self.contestants = contestants
+        self.examples = examples
+        self.log = log
+        self.ranks = PartialState()
+        encode = next(iter(contestants.values())).generator.encode
+        self.prompts = [encode(example.prompt) for example in examples]
+
+    def run(self, repeats: int, verbose: bool) -> None:
+        """Measure what the log does not have yet; each sample is a line as soon as all strategies have answered it."""
+        self.ranks.wait_for_everyone()
+        done = {(line["repeat"], line["sample"]) for line in self._lines()}
+        self.ranks.wait_for_everyone()
+        todo = [(repeat, sample) for repeat in range(repeats) for sample in range(len(self.prompts))]
+        todo = [item for item in todo if item not in done][self.ranks.process_index :: self.ranks.num_processes]
+        for contestant in self.contestants.values() if todo else ():
+            contestant.warm_up(self.prompts[todo[0][1]])
+        with tqdm(todo, desc="Measuring", unit="sample", disable=not self.ranks.is_main_process) as progress:
+            live = {name: Round() for name in self.contestants}
+            for repeat, sample in progress:
+                answers = interleaved(self.contestants, self.prompts[sample], turn=repeat + sample)
+                self._append(repeat, sample, answers)
+                for name, measurement in answers.items():
+                    live[name].measurements.append(measurement)
+                progress.set_postfix_str(", ".join(f"{name} {live_figures(live[name])}" for name in live))
+                if verbose:
+                    progress.write(as_text(self.examples[sample], answers), file=sys.stdout)
+        self.ranks.wait_for_everyone()
+
+    def rounds(self) -> dict[str, list[Round]]:
+        """Everything in the log: each strategy's rounds over all samples."""
+        rounds: dict[str, list[Round]] = {name: [] for name in self.contestants}
+        for line in self._lines():
+            for name, values in line["strategies"].items():
+                if line["sample"] == 0:
+                    rounds[name].append(Round())
+                rounds[name][-1].measurements.append(Measurement(**values))
+        return rounds
+
+    def peak_bytes(self) -> dict[str, int]:
+        """Each strategy's most memory, on the longest prompt."""
+        longest = max(self.prompts, key=len)
+        return {name: contestant.peak_bytes(longest) for name, contestant in self.contestants.items()}
+
+    def _append(self, repeat: int, sample: int, answers: dict[str, Measurement]) -> None:
+        self.log.append(
+            {
+                "repeat": repeat,
+                "sample": sample,
+                "prompt_tokens": len(self.prompts[sample]),
+                "prompt": self.examples[sample].prompt,
+                "response": self.examples[sample].response,
+                "strategies": {name: asdict(measurement) for name, measurement in answers.items()},
+            }
+        )
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = sorted(self.log.lines(), key=lambda line: (line["repeat"], line["sample"]))
+        for line in lines:
+            if line["prompt"] != self.examples[line["sample"]].prompt:
+                raise ValueError(f"--resume: sample {line['sample']} of {self.log.log} is not what the data has now.")
+        return lines
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the memory allows: its bandwidth, and the weights that autoregressive decoding reads for each token."""
+
+    bytes_per_second: float
+    weights: WeightBytes
+    cache_bytes: int | None
+
+    @classmethod
+    def measure(cls, model: LlamaForCausalLM) -> "Ceiling":
+        """Time a read-only pass over the memory of the model's device."""
+        return cls(memory_bandwidth(model.device), WeightBytes.of(model), last_level_cache_bytes(model.device))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the weights must come from memory each time: they are larger than the last-level cache."""
+        return self.cache_bytes is not None and self.weights.all > self.cache_bytes
+
+    @property
+    def sentence(self) -> str:
+        """The ceiling in words."""
+        bandwidth = f"Memory is read at {self.bytes_per_second / 1e9:.1f} GB/s"
+        weights = f"an autoregressive token reads {self.weights.all / 1e6:.1f} MB of weights"
+        if self.is_bound:
+            most = self.bytes_per_second / self.weights.all
+            return f"{bandwidth}, {weights}: at most {most:.1f} tokens/s, batch 1."
+        cache = "a cache of unknown size" if self.cache_bytes is None else f"{self.cache_bytes / 1e6:.1f} MB of cache"
+        return f"{bandwidth}; {weights}, and there is {cache} in front of it: no ceiling, no share of it is given."
+
+
+@one_sentence_errors()
+def main() -> None:
+    arguments, model_arguments, dataset, config, output = groups = parse(
+        BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig, OutputArguments
+    )
+    transformers.utils.logging.set_verbosity_error()
+    # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
+    is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    if arguments.execute_code and dataset.dataset != "human_eval":
+        raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
+    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    examples = read_examples(dataset, config.seed)
+    model, tokenizer = load(model_arguments)
+    contestants = make_contestants(model, tokenizer, config, model_arguments.model)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    examples, num_shortened = fit(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
+    benchmark = Benchmark(contestants, examples, RunLog(Path(output.output_dir), "benchmark"))
+    note = partial(Console(stderr=True, quiet=not is_main).print, highlight=False, soft_wrap=True)
+    if num_shortened:
+        note(f"{num_shortened} of {len(examples)} prompts were shortened to {limit.most} tokens.")
+    if is_main:
+        benchmark.log.begin(settings, arguments.resume)
+        ceiling = Ceiling.measure(model)
+        note(ceiling.sentence)
+    benchmark.run(arguments.repeats, arguments.verbose)
+    if is_main:
+        figures = results(benchmark, ceiling, arguments)
+        prompts = {"samples": len(examples), "shortened": num_shortened, "most_tokens": limit.most}
+        benchmark.log.write(document(benchmark, ceiling, figures) | {"arguments": settings, "prompts": prompts})
+        report(figures, Console(highlight=False))
+        note(f"{benchmark.log.document} has all figures, {benchmark.log.log} every answer.")
+        print(json.dumps({"strategies": rounded(figures)}))
+    benchmark.ranks.destroy_process_group()
+
+
+def rounded(value: Any) -> Any:
+    """The same with numbers of six digits, as much as anyone reads."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def document(benchmark: Benchmark, ceiling: Ceiling, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All totals, and what they depend on."""
+    model = next(iter(benchmark.contestants.values())).generator.model
+    surrounding = surroundings(model.device) | {"dtype": str(model.dtype), "ranks": benchmark.ranks.num_processes}
+    if any("pass_at_1" in values for values in figures.values()):
+        surrounding["programs_are_kept_from_the_network_by"] = str(network_isolation())
+    return {"surroundings": surrounding, "ceiling": asdict(ceiling), "strategies": figures}
+
+
+def make_contestants(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig, name: str
+) -> dict[str, Contestant]:
+    """Each strategy, with the exit layer and draft length that were given, or else recommended."""
+    advice = recommendation(name, model.config.num_hidden_layers)
+    contestants = {}
+    for strategy, own in config.of_each_strategy().items():
+        filled = fill_in(own, advice)
+        contestants[strategy] = Contestant.of(model, tokenizer, filled)
+        if filled.exit_layer is not None:
+            check_exit_layer(filled.exit_layer, model)
+    return contestants
+
+
+def results(benchmark: Benchmark, ceiling: Ceiling, arguments: BenchmarkArguments) -> dict[str, dict[str, Any]]:
+    """Every figure of every strategy."""
+    rounds, peaks = benchmark.rounds(), benchmark.peak_bytes()
+    baseline = next((name for name in BASELINES if name in rounds), next(iter(rounds)))
+    figures: dict[str, dict[str, Any]] = {}
+    for name, own in rounds.items():
+        config = benchmark.contestants[name].config
+        figures[name] = totals(own) | {"peak_memory_bytes": peaks[name]}
+        if ceiling.is_bound:
+            share = bandwidth_share(own, config, ceiling.weights, ceiling.bytes_per_second)
+            figures[name]["bandwidth_share"] = share
+        figures[name] |= {"speedup_over": baseline} | speedup(own, rounds[baseline])
+        figures[name] |= {"exit_layer": config.exit_layer, "num_speculations": config.num_speculations}
+        figures[name] |= text_figures([m.text for m in own[0].measurements], benchmark.examples, arguments)
+    return figures
+
+
+def text_figures(answers: list[str], examples: list[Example], arguments: BenchmarkArguments) -> dict[str, float]:
+    """Scores of the answers against the responses, and pass@1 if programs may be run."""
+    figures = {}
+    if arguments.score_text:
+        # Needs packages that decoding and timing do without.
+        from self_speculation.metrics import text_scores
+
+        figures |= text_scores(answers, [example.response for example in examples])
+    if arguments.execute_code:
+        sources = [program(example.row, completion(text)) for example, text in zip(examples, answers, strict=True)]
+        outcomes = pass_at_1(sources)
+        figures["pass_at_1"] = sum(outcome.passed for outcome in outcomes) / len(outcomes)
+    return figures
+
+
+def live_figures(one: Round) -> str:
+    """Speed and acceptance so far, for the progress bar."""
+    acceptance = one.counts["acceptance_rate"]
+    speed = f"{one.decode_tokens_per_second:.1f}/s"
+    return speed if acceptance is None else f"{speed} {acceptance:.0%}"
+
+
+def as_text(example: Example, answers: dict[str, Measurement]) -> str:
+    """A sample in full."""
+    parts = {"prompt": example.prompt, "response": example.response}
+    parts |= {name: measurement.text for name, measurement in answers.items()}
+    return "\n".join(f"--- {name}\n{text}" for name, text in parts.items()) + "\n"
+
+
+def report(figures: dict[str, dict[str, Any]], console: Console) -> None:
+    """The tables: speed, costs, and text where it was scored; and acceptance by draft position."""
+    baseline = next(iter(figures.values()))["speedup_over"]
+    console.print(table(figures, SPEED_COLUMNS))
+    console.print(f"Speed-up: tokens/s over {baseline}'s, end to end; over the rounds, the median (least–greatest).\n")
+    console.print(table(figures, COST_COLUMNS))
+    console.print(table(figures, TEXT_COLUMNS))
+    for name, values in figures.items():
+        if values["drafted"]:
+            rates = " ".join(f"{rate:.0%}" for rate in values["acceptance_by_position"])
+            console.print(f"Acceptance by draft position, {name}: {rates}")
+
+
+Column = Callable[[dict[str, Any]], str | None]
+
+
+def table(figures: dict[str, dict[str, Any]], columns: dict[str, Column]) -> Table:
+    """A row for each strategy; columns that say nothing of any are left out."""
+    shown = {head: make for head, make in columns.items() if any(map(make, figures.values()))}
+    result = Table("strategy", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in shown:
+        result.add_column(head, justify="right")
+    for name, values in figures.items():
+        result.add_row(name, *(make(values) or "–" for make in shown.values()))
+    return result
+
+
+def _cell(values: dict[str, Any]) -> str | None:
+    numbers = (values["exit_layer"], values["num_speculations"])
+    return None if None in numbers else "{}, {}".format(*numbers)
+
+
+def _speedup(values: dict[str, Any]) -> str:
+    least, most = values["speedup_spread"]
+    return f"{values['speedup']:.2f} ({least:.2f}–{most:.2f})"
+
+
+def _column(name: str, style: str, factor: float = 1) -> Column:
+    """A figure in a style, if there is one."""
+    return lambda values: None if values.get(name) is None else style.format(values[name] * factor)
+
+
+SPEED_COLUMNS: dict[str, Column] = {
+    "E, d": _cell,
+    "tokens/s": _column("tokens_per_second", "{:.1f}"),
+    "decode\ntokens/s": _column("decode_tokens_per_second", "{:.1f}"),
+    "accepted": _column("acceptance_rate", "{:.1%}"),
+    "tokens\n/step": _column("tokens_per_step", "{:.2f}"),
+    "speed-up": _speedup,
+}
+COST_COLUMNS = {
+    "prefill\nms": _column("mean_prefill_seconds", "{:.1f}", 1e3),
+    "first token\nms": _column("mean_first_token_seconds", "{:.1f}", 1e3),
+    "ms/token": _column("decode_seconds_per_token", "{:.2f}", 1e3),
+    "peak memory\nMB": _column("peak_memory_bytes", "{:.1f}", 1e-6),
+    "share of\nbandwidth": _column("bandwidth_share", "{:.1%}"),
+}
+TEXT_COLUMNS = {
+    "rouge1": _column("rouge1", "{:.3f}"),
+    "rouge2": _column("rouge2", "{:.3f}"),
+    "rouge3": _column("rouge3", "{:.3f}"),
+    "rougeL": _column("rougeL", "{:.3f}"),
+    "bleu": _column("bleu", "{:.2f}"),
+    "exact\nmatch": _column("exact_match", "{:.1%}"),
+    "edit\ndistance": _column("edit_distance", "{:.1f}"),
+    "pass@1": _column("pass_at_1", "{:.1%}"),
+}
+
+
+if __name__ == "__main__":
+    main()
