@@ -200,7 +200,8 @@ def main() -> None:
     )
     transformers.utils.logging.set_verbosity_error()
     # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
-    is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    # Ranks wait for the slowest, however long.
+    is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
     if arguments.execute_code and dataset.dataset != "human_eval":
         raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
     settings = {name: value for group in groups for name, value in asdict(group).items()}
