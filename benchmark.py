@@ -326,7 +326,7 @@ Column = Callable[[dict[str, Any]], str | None]
 def table(figures: dict[str, dict[str, Any]], columns: dict[str, Column]) -> Table:
     """A row for each strategy; columns that say nothing of any are left out."""
     shown = {head: make for head, make in columns.items() if any(map(make, figures.values()))}
-    result = Table("strategy", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result = Table("strategy", box=SIMPLE_HEAD, padding=0)
     for head in shown:
         result.add_column(head, justify="right")
     for name, values in figures.items():

@@ -183,7 +183,7 @@ class Findings:
 
     def table(self) -> Table:
         """The cells that were measured again."""
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(box=SIMPLE_HEAD, padding=0)
         for name in (
             "E",
             "d",
