@@ -7,6 +7,10 @@ all exits share. This is the only file that knows how transformers calls a decod
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -40,10 +44,17 @@ def embed(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
 
 
 def run_layers(
-    model: LlamaForCausalLM, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
+    model: LlamaForCausalLM,
+    hidden_BTD: Tensor,
+    layers: range,
+    positions_BT: Tensor,
+    cache: PositionAddressedCache | None,
 ) -> Tensor:
-    """Run the given layers over hidden states at the given positions, reading and writing the cache."""
-    mask_B1TW = cache.address(positions_BT)
+    """Run the given layers over hidden states at the given positions, reading and writing the cache.
+
+    Without a cache the positions must start at 0: there `sdpa` is causal by itself.
+    """
+    mask_B1TW = None if cache is None else cache.address(positions_BT)
     position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
     num_groups = model.config.num_attention_heads // model.config.num_key_value_heads
     addressing = Addressing.of(position_embeddings, mask_B1TW, num_groups)
@@ -57,7 +68,7 @@ def run_layers(
             attention_mask=mask_B1TW,
             position_ids=positions_BT,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
             position_embeddings=position_embeddings,
         )
     return hidden_BTD
@@ -90,3 +101,15 @@ def forward_remainder(
 def forward(model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache) -> Tensor:
     """Hidden states (B, T, D) after all L layers."""
     return forward_early(model, tokens_BT, positions_BT, cache, model.config.num_hidden_layers)
+
+
+def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:
+    """Hidden states (B, T, D) at each of the exit layers, which ascend: one pass without a cache, as far as the last.
+
+    Rows start at position 0 and are padded on the right.
+    """
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    hidden_BTD = embed(model, tokens_BT)
+    for first, last in itertools.pairwise([0, *exit_layers]):
+        hidden_BTD = run_layers(model, hidden_BTD, range(first, last), positions_BT, cache=None)
+        yield hidden_BTD
