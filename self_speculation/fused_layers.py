@@ -81,14 +81,16 @@ class FusedLayer:
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """A copied model has parameters of its own, which are not fused yet."""
 
-    def __call__(self, hidden_BTD: Tensor, addressing: Addressing, cache: PositionAddressedCache) -> Tensor:
-        """What leaves the layer (B, T, D)."""
+    def __call__(self, hidden_BTD: Tensor, addressing: Addressing, cache: PositionAddressedCache | None) -> Tensor:
+        """What leaves the layer (B, T, D); without a cache, positions see those of this call."""
         heads_BTHK = F.linear(_norm(self.attention_norm, hidden_BTD), self.heads).unflatten(-1, (-1, self.head_dim))
         num_rotated = heads_BTHK.shape[2] - self.num_key_heads
         rotated_BTHK = addressing.rotate(heads_BTHK[:, :, :num_rotated])
         query_BTHK, key_BTHK = rotated_BTHK.tensor_split((num_rotated - self.num_key_heads,), dim=2)
         value_BTHK = heads_BTHK[:, :, num_rotated:]
-        keys, values = cache.update(key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2), self.index)
+        keys, values = key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.index)
         attended_BTD = self._attend(query_BTHK, keys, values, addressing.mask_B1NW)
         hidden_BTD = hidden_BTD + F.linear(attended_BTD, self.attention_out)
         gate, up = F.linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
