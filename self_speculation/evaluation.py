@@ -148,7 +148,13 @@ class FittedPrompts:
         requests = self.task.construct_requests(doc=doc, ctx=context)
         if self.task.OUTPUT_TYPE == "generate_until":
             wishes = normalize_gen_kwargs(self.task.config.generation_kwargs, self.lm.max_gen_toks)
-            return len(self.lm.tok_encode(context)) + wishes["max_gen_toks"] <= self.lm.max_length
+            room = self.lm.max_length - wishes["max_gen_toks"]
+            if room < 1:
+                raise ValueError(
+                    f"{self.task.task_name} asks for {wishes['max_gen_toks']} new tokens, which leaves no room in the "
+                    f"model's context of {self.lm.max_length}: --gen_kwargs max_gen_toks={self.lm.max_length // 2}."
+                )
+            return len(self.lm.tok_encode(context)) <= room
         return all(len(self.lm.tok_encode("".join(request.args))) <= self.lm.max_length + 1 for request in requests)
 
 

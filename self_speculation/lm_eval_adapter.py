@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
@@ -71,7 +72,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class SpeedFigures:
     """How fast the answers of a task were; with a baseline, also how fast and how equal autoregressive decoding was.
 
-    Times are end to end: prefill and decoding of whole batches.
+    Times are end to end, prefill and decoding of whole batches, and of several processes the sum.
     """
 
     answers: int = 0
@@ -320,7 +321,9 @@ class LayerSkipLM(HFLM):
     def _join_other_processes(self) -> None:
         """Under torchrun, take this process's share; lm-eval itself would run everything in every process."""
         if num_processes() > 1:
-            self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+            # Ranks wait for the slowest, however long.
+            patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+            self.accelerator = Accelerator(cpu=self.device.type == "cpu", kwargs_handlers=[patience])
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
 
