@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from self_speculation.early_exit import exit_logits, forward_exits
+from self_speculation.fused_layers import fuse
 
 # The most logits alive at once.
 CHUNK_LOGITS = 2**22
@@ -46,6 +47,7 @@ def score_continuations(
 
     `dtype` is what the softmax is computed in; the model's own by default.
     """
+    fuse(model)
     device = model.get_input_embeddings().weight.device
     tokens_BT = torch.zeros(len(texts), max(len(text.tokens) for text in texts), dtype=torch.long)
     for row, text in enumerate(texts):
