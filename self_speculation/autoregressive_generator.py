@@ -35,7 +35,7 @@ class AutoregressiveGenerator(GenerationStrategy):
         """Prefill, then one token of every row a step."""
         num_layers = self.num_layers(request.config)
         decoding = Decoding(self.model, request, num_speculations=0)
-        prefill(self.model, decoding.state, num_layers)
+        prefill(self.model, decoding.state, num_layers, request.config.prefill_chunk)
         yield decoding.prefilled()
         while decoding.is_active:
             decoding.begin_step(0)

@@ -77,11 +77,15 @@ class DecodingState:
         return torch.cat([verdict.accepted_B[:, None], verdict.tokens_BT, draft.tokens_Bd], dim=1)
 
 
-def prefill(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> None:
-    """Cache `tokens[:-1]` of every row in layers [0, E): one pass over the right-padded prompts, without LM head."""
+def prefill(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, chunk: int | None = None) -> None:
+    """Cache `tokens[:-1]` of every row in layers [0, E): over the right-padded prompts, without LM head.
+
+    In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes.
+    """
     longest = int(state.lengths_B.max()) - 1
-    state.cache.see(longest, is_prefill=True)
-    if not longest:
-        return
-    positions_BT = torch.arange(longest, device=state.lengths_B.device).expand(len(state.lengths_B), -1)
-    run_layers(model, embed(model, state.read(positions_BT)), range(exit_layer), positions_BT, state.cache)
+    chunk = chunk or max(longest, 1)
+    for first in range(0, longest, chunk):
+        last = min(first + chunk, longest)
+        state.cache.see(last, is_prefill=first == 0)
+        positions_BT = torch.arange(first, last, device=state.lengths_B.device).expand(len(state.lengths_B), -1)
+        run_layers(model, embed(model, state.read(positions_BT)), range(exit_layer), positions_BT, state.cache)

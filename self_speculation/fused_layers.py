@@ -21,30 +21,34 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from self_speculation.cache import PositionAddressedCache
 
+# The longest call whose queries are folded: there it saves time, and its mask is small.
+MOST_FOLDED = 64
 PLAIN_MODULES = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation}
 
 
 @dataclass(frozen=True)
 class Addressing:
-    """What all layers of a call share: rotary cosines and signed sines (B, T, 1, K), and the folded mask.
+    """What all layers of a call share: rotary cosines and signed sines (B, T, 1, K), and the mask.
 
-    `mask_B1NW`, with N = G·T, is added to the scores; None at prefill, where attention is causal by itself.
+    None at prefill, where attention is causal by itself; else for long calls the visible keys (B, 1, T, W), and for
+    short ones *folded*: added to the scores, (B, 1, G·T, W), for the queries that share a key head stand in one row.
     """
 
     cos_BT1K: Tensor
     sin_BT1K: Tensor
-    mask_B1NW: Tensor | None
+    mask: Tensor | None
+    is_folded: bool
 
     @classmethod
     def of(cls, rotary: tuple[Tensor, Tensor], mask_B1TW: Tensor | None, num_groups: int) -> "Addressing":
         """From the rotary embedding's cosines and sines (B, T, K) and the mask of visible keys."""
         cos_BTK, sin_BTK = rotary
         first, second = sin_BTK.chunk(2, dim=-1)
-        mask_B1NW = None
-        if mask_B1TW is not None:
+        mask, is_folded = mask_B1TW, mask_B1TW is not None and mask_B1TW.shape[2] <= MOST_FOLDED
+        if is_folded:
             hidden = torch.full((), float("-inf"), dtype=cos_BTK.dtype, device=cos_BTK.device)
-            mask_B1NW = torch.where(mask_B1TW, 0.0, hidden).repeat(1, 1, num_groups, 1)
-        return cls(cos_BTK[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None], mask_B1NW)
+            mask = torch.where(mask_B1TW, 0.0, hidden).repeat(1, 1, num_groups, 1)
+        return cls(cos_BTK[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None], mask, is_folded)
 
     def rotate(self, heads_BTHK: Tensor) -> Tensor:
         """Rotary position embedding: each half of a head is the other's partner."""
@@ -91,21 +95,27 @@ class FusedLayer:
         keys, values = key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(keys, values, self.index)
-        attended_BTD = self._attend(query_BTHK, keys, values, addressing.mask_B1NW)
+        attended_BTD = self._attend(query_BTHK, keys, values, addressing)
         hidden_BTD = hidden_BTD + F.linear(attended_BTD, self.attention_out)
         gate, up = F.linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
         return hidden_BTD + F.linear(F.silu(gate) * up, self.mlp_out)
 
-    def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, mask_B1NW: Tensor | None) -> Tensor:
-        """Attention (B, T, H·K): the queries that share a key head stand in one row, so that no key is repeated."""
-        if mask_B1NW is None:
+    def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, addressing: Addressing) -> Tensor:
+        """Attention (B, T, H·K); no key is repeated for the queries that share it."""
+        mask = addressing.mask
+        if not addressing.is_folded:
             attended = F.scaled_dot_product_attention(
-                query_BTHK.transpose(1, 2), keys, values, is_causal=True, enable_gqa=self.num_groups > 1
+                query_BTHK.transpose(1, 2),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=self.num_groups > 1,
             )
             return attended.transpose(1, 2).flatten(2)
         batch_size, length = query_BTHK.shape[:2]
         query = query_BTHK.unflatten(2, (-1, self.num_groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask_B1NW)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         attended = attended.unflatten(2, (self.num_groups, length)).permute(0, 3, 1, 2, 4)
         return attended.reshape(batch_size, length, -1)
 

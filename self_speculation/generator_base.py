@@ -28,6 +28,8 @@ from self_speculation.sampling import noise, warpers
 from self_speculation.stopping import StopReason, StopRule
 from self_speculation.verification import GreedyRule, SamplingRule
 
+LEAST_VALUES = {"max_steps": 0, "exit_layer": 1, "num_speculations": 0, "top_k": 0, "prefill_chunk": 1, "seed": 0}
+
 
 @dataclass
 class GenerationConfig:
@@ -53,10 +55,21 @@ class GenerationConfig:
     no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "No n-gram of this size occurs twice."})
     stop_words: list[str] | None = field(default=None, metadata={"help": "Strings that end the answer."})
     stop_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that end the answer."})
+    prefill_chunk: int | None = field(
+        default=None, metadata={"help": "Most prompt tokens read in one pass, to bound memory; all by default."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of every random draw."})
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 0), ("exit_layer", 1), ("num_speculations", 0), ("top_k", 0), ("seed", 0)):
+        least_values = {
+            "max_steps": 0,
+            "exit_layer": 1,
+            "num_speculations": 0,
+            "top_k": 0,
+            "prefill_chunk": 1,
+            "seed": 0,
+        }
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}.")

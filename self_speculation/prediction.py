@@ -10,7 +10,7 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit l
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,9 +22,9 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from self_speculation.acceptance import step_counts
-from self_speculation.cache import PositionAddressedCache
 from self_speculation.decoding_state import DecodingState, prefill
-from self_speculation.early_exit import embed, exit_logits, forward_early, run_layers
+from self_speculation.early_exit import embed, exit_logits, forward_early, forward_exits
+from self_speculation.fused_layers import fuse
 from self_speculation.generator_base import (
     Decoding,
     GenerationConfig,
@@ -95,11 +95,13 @@ def acceptance_chances(
 
     Greedy: whether the exit's most probable token is the answer's. Sampling: the overlap Σ min(p, q).
     """
+    fuse(model)
     config = request.config
     tokens_1T = torch.tensor([request.prompts[0] + tokens], device=model.device)
     first = len(request.prompts[0]) - 1
     positions_1N = torch.arange(first, first + len(tokens), device=model.device)[None]
-    states = [state_1TD[:, first:-1] for state_1TD in _states_after_each_layer(model, tokens_1T)]
+    depths = range(1, model.config.num_hidden_layers + 1)
+    states = [state_1TD[:, first:-1] for state_1TD in forward_exits(model, tokens_1T, depths)]
 
     def logits(depth: int) -> Tensor:
         logits_1NV = exit_logits(model, states[depth - 1])
@@ -113,18 +115,6 @@ def acceptance_chances(
     p_1NV = probabilities(logits(len(states)), filters)
     overlaps = [torch.minimum(p_1NV, probabilities(logits(layer), filters)).sum(-1) for layer in exit_layers]
     return torch.cat(overlaps).double().cpu().numpy()
-
-
-def _states_after_each_layer(model: LlamaForCausalLM, tokens_1T: Tensor) -> Iterator[Tensor]:
-    """Hidden states (1, T, D) that leave layer 1, 2, … L."""
-    length = tokens_1T.shape[1]
-    cache = PositionAddressedCache(model.config.num_hidden_layers, length)
-    cache.see(length, is_prefill=True)
-    positions_1T = torch.arange(length, device=tokens_1T.device)[None]
-    hidden_1TD = embed(model, tokens_1T)
-    for layer in range(model.config.num_hidden_layers):
-        hidden_1TD = run_layers(model, hidden_1TD, range(layer, layer + 1), positions_1T, cache)
-        yield hidden_1TD
 
 
 @torch.inference_mode()

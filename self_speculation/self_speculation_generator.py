@@ -35,7 +35,7 @@ class SelfSpeculativeGenerator(GenerationStrategy):
         if config.num_speculations is None:
             raise ValueError("Self-speculative decoding needs --num_speculations.")
         decoding = Decoding(self.model, request, config.num_speculations)
-        prefill(self.model, decoding.state, self.model.config.num_hidden_layers)
+        prefill(self.model, decoding.state, self.model.config.num_hidden_layers, config.prefill_chunk)
         yield decoding.prefilled()
         while decoding.is_active:
             num_drafted = decoding.begin_step(config.num_speculations)

@@ -1,6 +1,7 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Which models decode, what decoding leaves untouched, and what a result says."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,3 +254,34 @@ def test_bad_configurations_name_the_flag(fields: dict[str, object], flag: str) 
     with pytest.raises(ValueError, match=flag):
         GenerationConfig(**fields)
     GenerationConfig(temperature=0.0, sample=False)
+
+
+# Long prompts
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64, 70, 1000])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_prefill_in_chunks_gives_the_same(
+    strategy: type[GenerationStrategy], chunk: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A ragged batch; a chunk longer than the folded calls, and plain layers as well as hooked ones."""
+    prompts = [[(7 * n + row) % 300 for n in range(length)] for row, length in enumerate((1, 70, 139))]
+    config = GenerationConfig(max_steps=8, sample=False, exit_layer=2, num_speculations=3)
+    generator = HuggingfaceLlamaGenerator(tokenizer, strategy(model))
+    expected = generator.generate(prompts, config)
+    handles = [model.model.layers[layer].register_forward_hook(lambda *_: None) for layer in (1, 4)]
+    actual = generator.generate(prompts, dataclasses.replace(config, prefill_chunk=chunk))
+    for handle in handles:
+        handle.remove()
+    assert [result.tokens for result in actual] == [result.tokens for result in expected]
+
+
+def test_prefill_reads_no_more_than_a_chunk_at_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    lengths = []
+    handle = model.model.layers[0].register_forward_hook(lambda layer, args, out: lengths.append(args[0].shape[1]))
+    config = GenerationConfig(max_steps=1, sample=False, prefill_chunk=30)
+    HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model)).generate([list(range(2, 103))], config)
+    handle.remove()
+    assert lengths == [30, 30, 30, 10, 1]
