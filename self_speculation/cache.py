@@ -65,6 +65,11 @@ class PositionAddressedCache(Cache):
         values = self.values[layer_idx].scatter_(2, index_BHTK, value_states)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
+    def keep(self, index_B: Tensor) -> None:
+        """Go on with these rows only."""
+        for buffers in (self.keys, self.values):
+            buffers[:] = [None if buffer is None else buffer[index_B.to(buffer.device)] for buffer in buffers]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers allocated so far."""

@@ -66,6 +66,15 @@ class DecodingState:
         """How many tokens (B) each row may draft: with the target's one it must stay within the row's limit."""
         return (self.limits_B - self.lengths_B - 1).clamp(min=0, max=num_speculations)
 
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        index_B = torch.tensor(rows, device=self.lengths_B.device)
+        self.tokens_BC, self.lengths_B, self.limits_B, self.active_B = (
+            tensor[index_B] for tensor in (self.tokens_BC, self.lengths_B, self.limits_B, self.active_B)
+        )
+        self.noise_BCS = None if self.noise_BCS is None else self.noise_BCS[index_B]
+        self.cache.keep(index_B)
+
     def commit(self, draft: Draft, verdict: Verdict) -> Tensor:
         """Make what was decided the rows' next tokens.
 

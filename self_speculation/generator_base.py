@@ -221,7 +221,10 @@ class GenerationStrategy(ABC):
 
 
 class Decoding:
-    """One run of a strategy: the tensors of its state, and the host's record of what each row has generated."""
+    """One run of a strategy: the tensors of its state, and the host's record of what each row has generated.
+
+    The state starts with a row for each prompt; as soon as half of its rows have ended it goes on without them.
+    """
 
     def __init__(self, model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> None:
         fuse(model)
@@ -234,6 +237,8 @@ class Decoding:
         self.context = context
         self.limits = limits
         self.generated: list[list[int]] = [[] for _ in prompts]
+        # The prompt of each row of the state.
+        self.rows = list(range(len(prompts)))
         self.ended = [len(prompt) >= limit for prompt, limit in zip(prompts, limits, strict=True)]
         rule = SamplingRule(warpers(config.temperature, config.top_k, config.top_p)) if config.sample else GreedyRule()
         self.state = DecodingState(
@@ -257,24 +262,33 @@ class Decoding:
 
     def begin_step(self, num_speculations: int) -> int:
         """Tell the cache how far the next step looks; returns its d, no more than any row can use."""
-        rows = [row for row, ended in enumerate(self.ended) if not ended]
-        lengths = [self._length(row) for row in range(len(self.ended))]
-        remaining = max(self.limits[row] - lengths[row] for row in rows)
+        lengths = {row: self._length(row) for row in self.rows}
+        remaining = max(self.limits[row] - length for row, length in lengths.items() if not self.ended[row])
         num_drafted = min(num_speculations, remaining - 1)
-        self.state.cache.see(max(lengths) + num_drafted)
+        self.state.cache.see(max(lengths.values()) + num_drafted)
         return num_drafted
 
     def record(self, outcome_BN: Tensor) -> GenerationStep:
         """What a step's `commit` returned, on the host: one copy from the device. Rows are cut at their stops."""
         outcome = outcome_BN.tolist()
         num_drafted = (len(outcome[0]) - 2) // 2
-        rows = [
-            RowStep() if self.ended[row] else self._row_step(row, values, num_drafted)
-            for row, values in enumerate(outcome)
-        ]
-        if any(row.stop_reason for row in rows):
-            self.state.active_B = torch.tensor([not e for e in self.ended], device=outcome_BN.device)
-        return GenerationStep(rows)
+        steps = [RowStep() for _ in self.ended]
+        for row, values in zip(self.rows, outcome, strict=True):
+            if not self.ended[row]:
+                steps[row] = self._row_step(row, values, num_drafted)
+        if any(step.stop_reason for step in steps):
+            self._let_ended_rows_rest()
+        return GenerationStep(steps)
+
+    def _let_ended_rows_rest(self) -> None:
+        """Rows that have ended do not advance; when they are half of the batch, the batch is made smaller."""
+        active = [index for index, row in enumerate(self.rows) if not self.ended[row]]
+        if active and 2 * len(active) <= len(self.rows):
+            self.state.keep(active)
+            self.rows = [self.rows[index] for index in active]
+        self.state.active_B = torch.tensor(
+            [not self.ended[row] for row in self.rows], device=self.state.lengths_B.device
+        )
 
     @property
     def is_active(self) -> bool:

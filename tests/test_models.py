@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.cache import PositionAddressedCache
 from self_speculation.early_exit import check_supported
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -285,3 +286,47 @@ def test_prefill_reads_no_more_than_a_chunk_at_once(
     HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model)).generate([list(range(2, 103))], config)
     handle.remove()
     assert lengths == [30, 30, 30, 10, 1]
+
+
+# Rows that have ended
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ended_rows_leave_the_batch(
+    strategy: type[GenerationStrategy], sample: bool, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Rows end early at the context; half of them gone, the others go on in a smaller batch, with the same tokens."""
+    prompts = [
+        [(row + 5 * n) % 299 + 1 for n in range(length)] for row, length in enumerate((250, 9, 254, 252, 30, 253))
+    ]
+    config = GenerationConfig(max_steps=20, sample=sample, exit_layer=2, num_speculations=2)
+    generator = HuggingfaceLlamaGenerator(tokenizer, strategy(model))
+    alone = [generator.generate([prompt], config)[0] for prompt in prompts]
+    sizes = []
+    handle = model.lm_head.register_forward_pre_hook(lambda head, args: sizes.append(len(args[0])))
+    together = generator.generate(prompts, config)
+    handle.remove()
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    if not sample:
+        assert [len(result.tokens) for result in together] == [6, 20, 2, 4, 20, 3]
+    assert sizes[0] == 6
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= 3
+    if strategy is AutoregressiveGenerator and not sample:
+        assert sizes == [6] * 4 + [3] * 16
+
+
+def test_a_smaller_batch_keeps_its_rows_cache(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    cache = PositionAddressedCache(2, 64)
+    for layer in range(2):
+        keys = torch.arange(4.0)[:, None, None, None].expand(4, 2, 1, 8) + 10 * layer
+        cache.address(torch.zeros(4, 1, dtype=torch.long))
+        cache.update(keys, -keys, layer)
+    before = cache.num_bytes
+    cache.keep(torch.tensor([1, 3]))
+    assert cache.num_bytes == before // 2
+    for layer in range(2):
+        expected = torch.tensor([1.0, 3.0]) + 10 * layer
+        assert torch.equal(cache.keys[layer][:, 0, 0, 0], expected)
+        assert torch.equal(cache.values[layer][:, 1, 0, 7], -expected)
