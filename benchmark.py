@@ -44,7 +44,7 @@ from self_speculation.benchmarking import (
 from self_speculation.code_execution import completion, network_isolation, pass_at_1, program
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.hardware import last_level_cache_bytes, memory_bandwidth, surroundings
-from self_speculation.loading import ModelArguments, fill_in, load, recommendation
+from self_speculation.loading import STRATEGIES, ModelArguments, fill_in, load, recommendation
 from self_speculation.run_log import RunLog
 
 
@@ -90,9 +90,10 @@ class BenchmarkConfig(GenerationConfig):
         if names == ["autoregressive"] and self.exit_layer is not None:
             names = ["early_exit"]
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(GenerationConfig)}
-        configs = {name: GenerationConfig(**values | {"generation_strategy": name}) for name in names}
-        if "autoregressive" in configs:
-            configs["autoregressive"].exit_layer = None
+        configs = {}
+        for name in names:
+            unused = {"exit_layer", "num_speculations"} - set(STRATEGIES[name].uses if name in STRATEGIES else ())
+            configs[name] = GenerationConfig(**values | {"generation_strategy": name} | dict.fromkeys(unused))
         return configs
 
 

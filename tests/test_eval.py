@@ -205,9 +205,12 @@ def test_a_run_goes_on_from_its_cache(
 
 
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
+@pytest.mark.parametrize("rows", ["data_dir", pytest.param("data_folder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["local_topv2", "local_boolq", "local_wikitext"])
-def test_scores_and_answers_of_the_bundled_checkpoint_are_lm_eval_s_own(name: str, data_dir: Path) -> None:
-    """float32, greedy."""
+def test_scores_and_answers_of_the_bundled_checkpoint_are_lm_eval_s_own(
+    name: str, rows: str, request: pytest.FixtureRequest
+) -> None:
+    """float32, greedy, on made-up and on real rows."""
     model, tokenizer = load(ModelArguments(dtype="float32"))
     speculative = GenerationConfig(generation_strategy="self_speculative", exit_layer=3, num_speculations=8)
     found = []
@@ -216,7 +219,7 @@ def test_scores_and_answers_of_the_bundled_checkpoint_are_lm_eval_s_own(name: st
         LayerSkipLM(model, tokenizer, GenerationConfig(), batch_size=2),
         LayerSkipLM(model, tokenizer, speculative, batch_size=2),
     ):
-        tasks = LoadedTasks([name], [], str(os.environ.get("LAYERSKIP_DATA") or data_dir))
+        tasks = LoadedTasks([name], [], str(request.getfixturevalue(rows)))
         found.append(simple_evaluate(lm, tasks=tasks.names, task_manager=tasks, limit=2, gen_kwargs="max_gen_toks=16"))
     theirs, *ours = found
     for own in ours:

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import benchmark
 import correctness
 import generate
+import sweep
 from self_speculation.autoregressive_generator import EarlyExitGenerator
 from self_speculation.interactive import InterruptKey, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
@@ -184,20 +186,28 @@ def readme_commands() -> list[str]:
     return [line.partition("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
 
 
+BRIEF = ["--num_samples", 1, "--repeats", 1]
+SCRIPTS = {
+    "generate.py": (generate.main, []),
+    "correctness.py": (correctness.main, ["--num_samples", 1, "--exit_layer", 3, "--num_speculations", 2]),
+    "benchmark.py": (benchmark.main, [*BRIEF, "--score_text", "False"]),
+    "sweep.py": (sweep.main, [*BRIEF, "--duel_repeats", 1, "--exit_layer_last", 2, "--num_speculations_last", 2]),
+}
+
+
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
-@pytest.mark.parametrize("command", [c for c in readme_commands() if re.search(r"(generate|correctness)\.py", c)])
-def test_the_readme_s_commands_run(command: str, run: Callable[..., int], folder: Path, rows: Path) -> None:
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c.split()[1] in SCRIPTS])
+def test_the_readme_s_commands_run(
+    command: str, run: Callable[..., int], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Briefly, on the bundled checkpoint and local rows."""
+    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("self_speculation.benchmarking.live_tensor_bytes", lambda: 12345)
     script, *flags = shlex.split(command)[1:]
-    main = {"generate.py": generate.main, "correctness.py": correctness.main}[script]
-    if "--model" in flags:
-        flags[flags.index("--model") + 1] = str(folder)
-    else:
-        flags += ["--model", str(BUNDLED_CHECKPOINT)]
+    main, brief = SCRIPTS[script]
+    flags += ["--model", str(BUNDLED_CHECKPOINT)]
     if "--dataset" in flags:
-        flags[flags.index("--dataset") + 1] = "custom_jsonl"
-        flags += ["--data_path", str(rows)]
-    if script == "correctness.py":
-        flags += ["--num_samples", "1"]
-    elif "--prompt" not in flags:
+        flags += ["--dataset", "custom_jsonl", "--data_path", str(rows)]
+    if main is generate.main and "--prompt" not in flags:
         flags += ["--prompt", PROMPT]
-    assert run(main, *flags, "--max_steps", 4) == 0
+    assert run(main, *flags, *brief, "--max_steps", 4) == 0

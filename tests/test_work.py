@@ -218,7 +218,7 @@ def test_stale_entries_are_invisible(
     for step in strategy(model).steps(request):
         steps.append(step)
         decoding = decodings[-1]
-        lengths = [len(row) + len(new) for row, new in zip(request.prompts, decoding.generated, strict=True)]
+        lengths = [len(request.prompts[row]) + len(decoding.generated[row]) for row in decoding.rows]
         assert decoding.state.lengths_B.tolist() == lengths, "rows that have ended must not go on"
         with torch.inference_mode():
             poison(decoding)
