@@ -60,10 +60,16 @@ class PositionAddressedCache(Cache):
             shape = (batch_size, num_heads, self.capacity, head_dim)
             self.keys[layer_idx] = key_states.new_zeros(shape)
             self.values[layer_idx] = value_states.new_zeros(shape)
-        index_BHTK = self.positions_BT.to(key_states.device)[:, None, :, None].expand_as(key_states)
-        keys = self.keys[layer_idx].scatter_(2, index_BHTK, key_states)
-        values = self.values[layer_idx].scatter_(2, index_BHTK, value_states)
+        keys = self._write(self.keys[layer_idx], key_states)
+        values = self._write(self.values[layer_idx], value_states)
         return keys[:, :, : self.visible], values[:, :, : self.visible]
+
+    def _write(self, buffer_BHCK: Tensor, states_BHTK: Tensor) -> Tensor:
+        """Put states at the addressed positions; a single row is copied, which in 16 bits is several times faster."""
+        positions_BT = self.positions_BT.to(buffer_BHCK.device)
+        if len(positions_BT) == 1:
+            return buffer_BHCK.index_copy_(2, positions_BT[0], states_BHTK)
+        return buffer_BHCK.scatter_(2, positions_BT[:, None, :, None].expand_as(states_BHTK), states_BHTK)
 
     def keep(self, index_B: Tensor) -> None:
         """Go on with these rows only."""
