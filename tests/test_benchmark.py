@@ -579,6 +579,7 @@ def test_a_killed_run_is_resumed(
     assert untimed(lines_of(log)) == expected
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_samples(
     whole: tuple[list[object], dict[str, Any], dict[tuple[int, int], dict[str, Any]]], tmp_path: Path
 ) -> None:

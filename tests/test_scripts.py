@@ -196,7 +196,14 @@ SCRIPTS = {
 
 
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
-@pytest.mark.parametrize("command", [c for c in readme_commands() if c.split()[1] in SCRIPTS])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if re.search("--repeats|--mode both", command) else [])
+        for command in readme_commands()
+        if command.split()[1] in SCRIPTS
+    ],
+)
 def test_the_readme_s_commands_run(
     command: str, run: Callable[..., int], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,6 +322,7 @@ class InterruptionError(Exception):
 
 
 @pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(
     run_sweep: Run, folder: Path, rows: Path, tmp_path: Path, logs: Path
 ) -> None:
