@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -269,6 +270,7 @@ def test_peak_memory_is_little_more_than_the_weights(
 ) -> None:
     """Less what other tests left in the process."""
     monkeypatch.setattr("self_speculation.benchmarking.MEMORY_LOOKS", 2)
+    gc.collect()
     others = live_tensor_bytes()
     model = make_model(hidden_size=128, intermediate_size=256)
     size = sum(weight.nbytes for weight in model.parameters())

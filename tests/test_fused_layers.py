@@ -2,6 +2,7 @@
 """Fused layers: the same output as transformers' own, in the same memory, on a model that stays an ordinary one."""
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def test_whatever_moves_the_parameters_is_noticed(change: str, make_model: MakeM
 
 def test_memory_stays_the_same(make_model: MakeModel) -> None:
     model = make_model()
+    gc.collect()
     before = live_tensor_bytes()
     fuse(model)
     assert live_tensor_bytes() == before

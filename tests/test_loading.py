@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
 from self_speculation.equivalence import Cell, Difference, EquivalenceCheck, first_difference
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.hardware import live_tensor_bytes
 from self_speculation.loading import (
     ModelArguments,
     Recommendation,
@@ -117,12 +116,3 @@ def test_the_margin_is_that_of_the_two_logits_in_float32(
     assert margin == pytest.approx((logits[3] - logits[4]).abs().item())
     assert tolerance == pytest.approx(4 * 2**-7 * logits.abs().max().item())
     assert check._margin([0, 5, 9], [3, None]) == (None, None)
-
-
-def test_live_tensor_bytes_counts_storage_once() -> None:
-    before = live_tensor_bytes()
-    tensor = torch.zeros(1000, dtype=torch.float64)
-    view = tensor[:500]
-    assert live_tensor_bytes() - before == 8000
-    del tensor, view
-    assert live_tensor_bytes() == before
