@@ -130,7 +130,6 @@ def summary(result: GenerationResult, num_prompt_tokens: int) -> str:
 
 def save(result: GenerationResult, prompt: str, path: Path) -> None:
     """Append the answer to a file of JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": prompt, **asdict(result)}, ensure_ascii=False) + "\n")
 
@@ -142,6 +141,8 @@ def main() -> None:
     arguments, model_arguments, config, output = parse(
         GenerateArguments, ModelArguments, GenerationConfig, OutputArguments
     )
+    log = Path(output.output_dir) / "generate.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
     advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
@@ -154,7 +155,7 @@ def main() -> None:
         if result is None:
             note("interrupted", style="dim")
             continue
-        save(result, prompt, Path(output.output_dir) / "generate.jsonl")
+        save(result, prompt, log)
         if arguments.export_svg:
             stop_rule = generator.stop_rule(config)
             export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
