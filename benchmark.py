@@ -9,7 +9,6 @@ Every finished sample is a line of OUTPUT_DIR/benchmark.jsonl, the totals are OU
 line of standard output is the totals as one JSON object. A killed run goes on with --resume True.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -89,11 +88,10 @@ class BenchmarkConfig(GenerationConfig):
         names = list(dict.fromkeys(self.generation_strategy))
         if names == ["autoregressive"] and self.exit_layer is not None:
             names = ["early_exit"]
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(GenerationConfig)}
         configs = {}
         for name in names:
             unused = {"exit_layer", "num_speculations"} - set(STRATEGIES[name].uses if name in STRATEGIES else ())
-            configs[name] = GenerationConfig(**values | {"generation_strategy": name} | dict.fromkeys(unused))
+            configs[name] = self.generation(generation_strategy=name, **dict.fromkeys(unused))
         return configs
 
 

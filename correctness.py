@@ -7,7 +7,7 @@ python correctness.py --dataset human_eval --num_samples 20 --model facebook/lay
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def main() -> None:
         for exit_layer in config.exit_layers or [advice.exit_layer]
         for num_speculations in config.draft_lengths or [advice.num_speculations]
     ]
-    check = EquivalenceCheck(model, tokenizer, generation_config(config), cells)
+    check = EquivalenceCheck(model, tokenizer, config.generation(), cells)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
     examples = shorten(examples, check.baseline.count_tokens, limit)
     batches = range(0, len(examples), config.batch_size)
@@ -93,11 +93,6 @@ def main() -> None:
     path.write_text(json.dumps(document(settings, cells), indent=1))
     report(cells, tokenizer, path)
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)
-
-
-def generation_config(config: CorrectnessConfig) -> GenerationConfig:
-    """The part of the flags that generation knows; each cell of the grid sets its own exit layer and draft length."""
-    return GenerationConfig(**{item.name: getattr(config, item.name) for item in fields(GenerationConfig)})
 
 
 def document(settings: dict[str, Any], cells: list[Cell]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,7 @@ class EvalConfig(GenerationConfig):
 def make_lm(arguments: EvalArguments, model_arguments: ModelArguments, config: EvalConfig) -> LayerSkipLM:
     """The model behind lm-eval's interface."""
     model, tokenizer = load(replace(model_arguments, device=process_device(model_arguments.device)))
-    generation = GenerationConfig(**{item.name: getattr(config, item.name) for item in fields(GenerationConfig)})
-    generation = fill_in(generation, recommendation(model_arguments.model, model.config.num_hidden_layers))
+    generation = fill_in(config.generation(), recommendation(model_arguments.model, model.config.num_hidden_layers))
     sizes = {"batch_size": arguments.batch_size, "max_batch_size": arguments.max_batch_size}
     lm = LayerSkipLM(model, tokenizer, generation, **sizes)
     if arguments.measure_speedup:

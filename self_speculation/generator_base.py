@@ -7,8 +7,8 @@ A strategy writes one method, `steps`. Collecting, timing and streaming are clie
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,6 +81,11 @@ class GenerationConfig:
             raise ValueError(f"--no_repeat_ngram_size must be at least 1, not {self.no_repeat_ngram_size}.")
         if "" in (self.stop_words or []):
             raise ValueError("--stop_words must not be empty strings.")
+
+    def generation(self, **changes: Any) -> "GenerationConfig":
+        """A script's own config as generation knows it, with changes."""
+        values = {item.name: getattr(self, item.name) for item in fields(GenerationConfig)}
+        return GenerationConfig(**values | changes)
 
 
 @dataclass(frozen=True)
