@@ -46,6 +46,7 @@ COLUMNS = (
     "acceptance_rate",
     "tokens_per_step",
 )
+TABLE_COLUMNS = ("E", "d", "tokens/s", "decode\ntokens/s", "accepted", "tokens\n/step", "speed-up\n(least–greatest)")
 AUTOREGRESSIVE = "autoregressive"
 
 
@@ -184,15 +185,7 @@ class Findings:
     def table(self) -> Table:
         """The cells that were measured again."""
         table = Table(box=SIMPLE_HEAD, padding=0)
-        for name in (
-            "E",
-            "d",
-            "tokens/s",
-            "decode\ntokens/s",
-            "accepted",
-            "tokens\n/step",
-            "speed-up\n(least–greatest)",
-        ):
+        for name in TABLE_COLUMNS:
             table.add_column(name, justify="right")
         for (exit_layer, drafts), figures in self.final.items():
             least, most = figures["speedup_spread"]
@@ -212,8 +205,8 @@ class Findings:
             cell: asdict(one) for cell, one in self.predicted.items()
         }
         kind = "measured" if self.grid else "predicted"
-        baseline = self.final[self.best]["tokens_per_second"] / self.final[self.best]["speedup"]
-        baseline = self.grid[None]["tokens_per_second"] if self.grid else baseline
+        best = self.final[self.best]
+        baseline = self.grid[None]["tokens_per_second"] if self.grid else best["tokens_per_second"] / best["speedup"]
         speed = {cell: row["tokens_per_second"] for cell, row in cells.items()}
         rates = {cell: row["acceptance_rate"] or 0.0 for cell, row in cells.items()}
         labels = {cell: f"{value / baseline:.2f}×" for cell, value in speed.items()}
@@ -283,8 +276,7 @@ class Sweep:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        values = {item.name: getattr(config, item.name) for item in dataclasses.fields(GenerationConfig)}
-        self.config = GenerationConfig(**values)
+        self.config = config.generation()
         self.baseline = self.contestant(None)
         self.prompts = [self.baseline.generator.encode(prompt) for prompt in prompts]
 

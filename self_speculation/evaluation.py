@@ -6,8 +6,6 @@ import logging
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 from tqdm import tqdm
 
-from self_speculation.lm_eval_adapter import LayerSkipLM, SpeedFigures
+from self_speculation.lm_eval_adapter import LayerSkipLM, SpeedFigures, logging_at
 
 TASKS_FOLDER = Path(__file__).parents[1] / "tasks"
 # How many similar names an unknown task is answered with.
@@ -218,7 +216,7 @@ class Evaluation:
             task.build_all_requests = partial(_forget_answers, task)
         found = {}
         last = self.lm.exit_layer
-        with _quiet():
+        with logging_at(logging.WARNING, "lm_eval"):
             for exit_layer in tqdm(self.lm.exit_layers[:-1], desc="Exit layers", disable=self.lm.rank != 0):
                 self.lm.exit_layer = exit_layer
                 results = evaluate(self.lm, self.tasks.loaded, log_samples=False, **options)
@@ -231,15 +229,3 @@ def _forget_answers(task: Task, **_: Any) -> None:
     """Stands in for building the task's requests again."""
     for instance in task.instances:
         instance.resps, instance.filtered_resps = [], {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval says warnings only."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

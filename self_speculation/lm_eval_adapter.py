@@ -133,7 +133,8 @@ class LayerSkipLM(HFLM):
     def __init__(
         self, pretrained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, **options: Any
     ) -> None:
-        with _without_warnings():
+        # It would warn that a loaded model runs in one process only, which is not so here.
+        with logging_at(logging.ERROR, HFLM.__module__):
             super().__init__(pretrained, tokenizer=tokenizer, **options)
         self.pretrained = pretrained.name_or_path
         if config.exit_layer is not None:
@@ -357,11 +358,11 @@ def _take(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """lm-eval warns that a loaded model runs in one process only, which is not so here."""
-    logger = logging.getLogger(HFLM.__module__)
+def logging_at(least: int, name: str) -> Iterator[None]:
+    """The logger `name` says what is at least this severe."""
+    logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(least)
     try:
         yield
     finally:

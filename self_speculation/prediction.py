@@ -76,7 +76,7 @@ class Prediction:
 
 
 def profile(
-    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: str, exit_layers: list[int]
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: str | list[int], exit_layers: list[int]
 ) -> Profile:
     """Answer a prompt with the generator's strategy, the full model's, and see what each exit would have drafted."""
     tokens = generator.encode(prompt)
