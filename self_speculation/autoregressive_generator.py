@@ -10,36 +10,39 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from self_speculation.compilation import CompiledStep
+from self_speculation.decoding import Decoding, DecodingStrategy
 from self_speculation.decoding_state import DecodingState, prefill
 from self_speculation.early_exit import forward_early
-from self_speculation.generator_base import (
-    Decoding,
-    GenerationConfig,
-    GenerationRequest,
-    GenerationStep,
-    GenerationStrategy,
-    check_exit_layer,
-)
+from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, check_exit_layer
 from self_speculation.verification import Draft
 
 
-class AutoregressiveGenerator(GenerationStrategy):
+class AutoregressiveGenerator(DecodingStrategy):
     """One token a step from all layers, whatever `config.exit_layer` says."""
 
     def num_layers(self, config: GenerationConfig) -> int:
         """How many layers choose the tokens."""
         return self.model.config.num_hidden_layers
 
+    def prepare(self, request: GenerationRequest) -> None:
+        """Compile the step, if that is asked for."""
+        self._compiled(request)
+
     @torch.inference_mode()
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """Prefill, then one token of every row a step."""
         num_layers = self.num_layers(request.config)
-        decoding = Decoding(self.model, request, num_speculations=0)
+        decoding = Decoding(self.model, request, 0, self._compiled(request))
         prefill(self.model, decoding.state, num_layers, request.config.prefill_chunk)
         yield decoding.prefilled()
         while decoding.is_active:
             decoding.begin_step(0)
-            yield decoding.record(autoregressive_step(self.model, decoding.state, num_layers))
+            yield decoding.record(decoding.run(autoregressive_step, num_layers))
+
+    @torch.inference_mode()
+    def _compiled(self, request: GenerationRequest) -> CompiledStep | None:
+        return self.compiled_step(request, 0, autoregressive_step, self.num_layers(request.config))
 
 
 class EarlyExitGenerator(AutoregressiveGenerator):

@@ -8,6 +8,8 @@ costs nothing.
 Shapes: B batch, T positions of this call, C capacity, W visible prefix (W ≤ C), H key-value heads, K head dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -20,16 +22,30 @@ def round_up(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
+def power_of_two(length: int) -> int:
+    """The next power of two, from four buckets up: so few shapes that each can have a graph of its own."""
+    return max(1 << (length - 1).bit_length(), 4 * BUCKET)
+
+
 class PositionAddressedCache(Cache):
     """Preallocated keys and values of all layers, each (B, H, C, K), on the layer's own device.
 
     A layer's buffers are allocated when it first writes, with zeros: an uninitialised NaN would survive its mask.
+    `bucket` rounds a length up to the prefix that queries read. `device` is where positions live.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        capacity: int,
+        device: torch.device | None = None,
+        bucket: Callable[[int], int] = round_up,
+    ) -> None:
         super().__init__(layers=[])
         self.capacity = round_up(capacity)
-        self.visible = self.capacity
+        self.bucket = bucket
+        self.positions_C = torch.arange(self.capacity, device=device)
+        self.keys_W = self.positions_C
         self.is_prefill = False
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
@@ -43,13 +59,17 @@ class PositionAddressedCache(Cache):
         self.positions_BT = positions_BT
         if self.is_prefill and positions_BT.shape[1] > 1:
             return None
-        keys_W = torch.arange(self.visible, device=positions_BT.device)
-        return keys_W <= positions_BT[:, None, :, None]
+        return self.keys_W <= positions_BT[:, None, :, None]
 
     def see(self, length: int, is_prefill: bool = False) -> None:
         """Let queries read the first `length` positions only, rounded up; none of them may lie further on."""
-        self.visible = min(round_up(length), self.capacity)
+        self.keys_W = self.positions_C[: min(self.bucket(length), self.capacity)]
         self.is_prefill = is_prefill
+
+    @property
+    def visible(self) -> int:
+        """W: how many positions queries read."""
+        return self.keys_W.shape[0]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object

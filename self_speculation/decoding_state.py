@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from self_speculation.cache import PositionAddressedCache
+from self_speculation.draft_head import DraftHead
 from self_speculation.early_exit import embed, exit_logits, run_layers
-from self_speculation.sampling import process_logits
-from self_speculation.verification import DecodingRule, Draft, Verdict
+from self_speculation.sampling import noise, process_logits
+from self_speculation.verification import DecodingRule, Draft, GreedyRule, Verdict
 
 
 @dataclass
@@ -35,6 +36,17 @@ class DecodingState:
     cache: PositionAddressedCache
     rule: DecodingRule
     processors: LogitsProcessorList
+
+    def begin(self, prompts: list[list[int]], limits: list[int], seed: int) -> None:
+        """Put other prompts into the same tensors: what they held before is stale."""
+        capacity = self.tokens_BC.shape[1]
+        lengths = [len(prompt) for prompt in prompts]
+        self.tokens_BC.copy_(_padded(prompts, capacity))
+        self.lengths_B.copy_(torch.tensor(lengths))
+        self.limits_B.copy_(torch.tensor(limits))
+        self.active_B.copy_(torch.tensor(lengths) < torch.tensor(limits))
+        if self.noise_BCS is not None:
+            self.noise_BCS.copy_(noise(seed, prompts, capacity))
 
     def positions(self, first: int, count: int) -> Tensor:
         """Positions (B, T) of the `count` tokens that start `first` places after the pending token."""
@@ -55,9 +67,12 @@ class DecodingState:
             return None
         return self.noise_BCS.gather(1, positions_BT[..., None].expand(-1, -1, self.noise_BCS.shape[-1]))
 
-    def logits(self, model: LlamaForCausalLM, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """Processed logits (B, T, V) for the tokens that follow the positions."""
-        logits_BTV = exit_logits(model, hidden_BTD).to(self.tokens_BC.device)
+    def logits(
+        self, model: LlamaForCausalLM, hidden_BTD: Tensor, positions_BT: Tensor, head: DraftHead | None = None
+    ) -> Tensor:
+        """Processed logits (B, T, V) for the tokens that follow the positions, by the LM head or a draft's own."""
+        logits_BTV = exit_logits(model, hidden_BTD) if head is None else head.logits(model, hidden_BTD)
+        logits_BTV = logits_BTV.to(self.tokens_BC.device)
         if not self.processors:
             return logits_BTV
         return process_logits(logits_BTV, self.processors, self.tokens_BC, positions_BT)
@@ -86,6 +101,21 @@ class DecodingState:
         return torch.cat([verdict.accepted_B[:, None], verdict.tokens_BT, draft.tokens_Bd], dim=1)
 
 
+def new_state(cache: PositionAddressedCache, num_rows: int, sample: bool) -> DecodingState:
+    """Tensors for `num_rows` rows of the cache's capacity, on its device, that hold nothing yet; greedy."""
+    device, capacity = cache.positions_C.device, cache.capacity
+    return DecodingState(
+        tokens_BC=torch.zeros(num_rows, capacity, dtype=torch.long, device=device),
+        lengths_B=torch.zeros(num_rows, dtype=torch.long, device=device),
+        limits_B=torch.zeros(num_rows, dtype=torch.long, device=device),
+        active_B=torch.zeros(num_rows, dtype=torch.bool, device=device),
+        noise_BCS=torch.zeros(num_rows, capacity, 3, dtype=torch.double, device=device) if sample else None,
+        cache=cache,
+        rule=GreedyRule(),
+        processors=LogitsProcessorList(),
+    )
+
+
 def prefill(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, chunk: int | None = None) -> None:
     """Cache `tokens[:-1]` of every row in layers [0, E): over the right-padded prompts, without LM head.
 
@@ -98,3 +128,10 @@ def prefill(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, chun
         state.cache.see(last, is_prefill=first == 0)
         positions_BT = torch.arange(first, last, device=state.lengths_B.device).expand(len(state.lengths_B), -1)
         run_layers(model, embed(model, state.read(positions_BT)), range(exit_layer), positions_BT, state.cache)
+
+
+def _padded(prompts: list[list[int]], capacity: int) -> Tensor:
+    tokens_BC = torch.zeros(len(prompts), capacity, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens_BC[row, : len(prompt)] = torch.tensor(prompt)
+    return tokens_BC

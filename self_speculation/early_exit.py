@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from self_speculation.cache import PositionAddressedCache
-from self_speculation.fused_layers import Addressing, fused_layer
+from self_speculation.fused_layers import Addressing, fused_layer, is_summed, linear
 
 ROPE_PER_CALL = ("dynamic", "longrope")
 
@@ -76,7 +76,10 @@ def run_layers(
 
 def exit_logits(model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
     """Logits (B, T, V) of hidden states that leave any layer: the final norm and the LM head."""
-    return model.lm_head(model.model.norm(hidden_BTD))
+    normed_BTD = model.model.norm(hidden_BTD)
+    if is_summed(normed_BTD) and type(model.lm_head) is nn.Linear and model.lm_head.bias is None:
+        return linear(normed_BTD, model.lm_head.weight)
+    return model.lm_head(normed_BTD)
 
 
 def forward_early(

@@ -65,8 +65,9 @@ class FusedLayer:
         self.head_dim = attention.head_dim
         self.num_groups = attention.num_key_value_groups
         self.num_key_heads = attention.k_proj.out_features // attention.head_dim
-        self.heads = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
+        # Parameters, so that a compiler that is to prepack weights knows them for such.
+        self.heads = nn.Parameter(_side_by_side(attention.q_proj, attention.k_proj, attention.v_proj), False)
+        self.gate_up = nn.Parameter(_side_by_side(mlp.gate_proj, mlp.up_proj), False)
         self.attention_out = attention.o_proj.weight
         self.mlp_out = mlp.down_proj.weight
         self.attention_norm = layer.input_layernorm
@@ -87,7 +88,7 @@ class FusedLayer:
 
     def __call__(self, hidden_BTD: Tensor, addressing: Addressing, cache: PositionAddressedCache | None) -> Tensor:
         """What leaves the layer (B, T, D); without a cache, positions see those of this call."""
-        heads_BTHK = F.linear(_norm(self.attention_norm, hidden_BTD), self.heads).unflatten(-1, (-1, self.head_dim))
+        heads_BTHK = linear(_norm(self.attention_norm, hidden_BTD), self.heads).unflatten(-1, (-1, self.head_dim))
         num_rotated = heads_BTHK.shape[2] - self.num_key_heads
         rotated_BTHK = addressing.rotate(heads_BTHK[:, :, :num_rotated])
         query_BTHK, key_BTHK = rotated_BTHK.tensor_split((num_rotated - self.num_key_heads,), dim=2)
@@ -96,9 +97,9 @@ class FusedLayer:
         if cache is not None:
             keys, values = cache.update(keys, values, self.index)
         attended_BTD = self._attend(query_BTHK, keys, values, addressing)
-        hidden_BTD = hidden_BTD + F.linear(attended_BTD, self.attention_out)
-        gate, up = F.linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
-        return hidden_BTD + F.linear(F.silu(gate) * up, self.mlp_out)
+        hidden_BTD = hidden_BTD + linear(attended_BTD, self.attention_out)
+        gate, up = linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
+        return hidden_BTD + linear(F.silu(gate) * up, self.mlp_out)
 
     def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, addressing: Addressing) -> Tensor:
         """Attention (B, T, H·K); no key is repeated for the queries that share it."""
@@ -115,9 +116,37 @@ class FusedLayer:
             return attended.transpose(1, 2).flatten(2)
         batch_size, length = query_BTHK.shape[:2]
         query = query_BTHK.unflatten(2, (-1, self.num_groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        if is_summed(query_BTHK):
+            attended = _attend_by_sums(query, keys, values, mask)
+        else:
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         attended = attended.unflatten(2, (self.num_groups, length)).permute(0, 3, 1, 2, 4)
         return attended.reshape(batch_size, length, -1)
+
+
+def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x Wᵀ, (B, T, O)."""
+    if not is_summed(x_BTD):
+        return F.linear(x_BTD, weight_OD)
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    return (x_BTD[..., None, :].to(wide) * weight_OD.to(wide)).sum(-1).to(x_BTD.dtype)
+
+
+def is_summed(x_BTX: Tensor) -> bool:
+    """Whether products are written as sums of products: for one position in a graph that is compiled for a CPU.
+
+    The compiler fuses the sums with what stands around them, and they read each weight once. A call of the library
+    that multiplies matrices takes several times as long to begin.
+    """
+    return torch.compiler.is_compiling() and x_BTX.device.type == "cpu" and x_BTX.shape[:2] == (1, 1)
+
+
+def _attend_by_sums(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries (B, H, G, K) to keys and values (B, H, W, K)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, keys, values = query.to(wide), keys.to(wide), values.to(wide)
+    scores = (query[..., None, :] * keys[:, :, None]).sum(-1) * query.shape[-1] ** -0.5 + mask
+    return (scores.softmax(-1)[..., None] * values[:, :, None]).sum(-2).to(mask.dtype)
 
 
 def fuse(model: LlamaForCausalLM) -> None:
@@ -133,6 +162,11 @@ def fuse(model: LlamaForCausalLM) -> None:
 def fused_layer(layer: nn.Module) -> FusedLayer | None:
     """The layer's fused form, if it has one."""
     return vars(layer).get("fused")
+
+
+def weight_version(weight: Tensor) -> int:
+    """How often the weight was changed in place; tensors made in inference mode do not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _is_plain(layer: nn.Module) -> bool:

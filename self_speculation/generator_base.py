@@ -8,10 +8,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 from transformers import (
     LlamaForCausalLM,
     LogitsProcessorList,
@@ -20,15 +19,18 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from self_speculation.cache import PositionAddressedCache, round_up
-from self_speculation.decoding_state import DecodingState
-from self_speculation.fused_layers import fuse
 from self_speculation.hardware import synchronize
-from self_speculation.sampling import noise, warpers
 from self_speculation.stopping import StopReason, StopRule
-from self_speculation.verification import GreedyRule, SamplingRule
 
-LEAST_VALUES = {"max_steps": 0, "exit_layer": 1, "num_speculations": 0, "top_k": 0, "prefill_chunk": 1, "seed": 0}
+LEAST_VALUES = {
+    "max_steps": 0,
+    "exit_layer": 1,
+    "num_speculations": 0,
+    "top_k": 0,
+    "prefill_chunk": 1,
+    "draft_vocab": 1,
+    "seed": 0,
+}
 
 
 @dataclass
@@ -58,18 +60,23 @@ class GenerationConfig:
     prefill_chunk: int | None = field(
         default=None, metadata={"help": "Most prompt tokens read in one pass, to bound memory; all by default."}
     )
+    compile: Literal["none", "default", "max"] = field(
+        default="none",
+        metadata={
+            "help": "Compile the decoding step: a minute or two, later seconds from the cache on disk. max also tunes "
+            "products and prepacks weights: that takes longer and, on CPUs, the memory of a second copy."
+        },
+    )
+    draft_vocab: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draft with the N most frequent tokens only; verification knows all, so the output is the same."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of every random draw."})
 
     def __post_init__(self) -> None:
-        least_values = {
-            "max_steps": 0,
-            "exit_layer": 1,
-            "num_speculations": 0,
-            "top_k": 0,
-            "prefill_chunk": 1,
-            "seed": 0,
-        }
-        for name, least in least_values.items():
+        for name, least in LEAST_VALUES.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, not {value}.")
@@ -220,100 +227,12 @@ class GenerationStrategy(ABC):
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
 
+    def prepare(self, request: GenerationRequest) -> None:  # noqa: B027 (most strategies have nothing to do)
+        """What is to be done once before requests like this one, outside every measurement: nothing, or compiling."""
+
     @abstractmethod
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """Decode: first the prefill, a step without tokens, then step by step until every row has ended."""
-
-
-class Decoding:
-    """One run of a strategy: the tensors of its state, and the host's record of what each row has generated.
-
-    The state starts with a row for each prompt; as soon as half of its rows have ended it goes on without them.
-    """
-
-    def __init__(self, model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> None:
-        fuse(model)
-        config, prompts = request.config, request.prompts
-        device = token_device(model)
-        context = model.config.max_position_embeddings
-        limits = [min(len(prompt) + config.max_steps, context) for prompt in prompts]
-        capacity = round_up(max(limits) + num_speculations + 1)
-        self.request = request
-        self.context = context
-        self.limits = limits
-        self.generated: list[list[int]] = [[] for _ in prompts]
-        # The prompt of each row of the state.
-        self.rows = list(range(len(prompts)))
-        self.ended = [len(prompt) >= limit for prompt, limit in zip(prompts, limits, strict=True)]
-        rule = SamplingRule(warpers(config.temperature, config.top_k, config.top_p)) if config.sample else GreedyRule()
-        self.state = DecodingState(
-            tokens_BC=_padded(prompts, capacity).to(device),
-            lengths_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
-            limits_B=torch.tensor(limits, device=device),
-            active_B=torch.tensor([not ended for ended in self.ended], device=device),
-            noise_BCS=noise(config.seed, prompts, capacity, device) if config.sample else None,
-            cache=PositionAddressedCache(model.config.num_hidden_layers, capacity),
-            rule=rule,
-            processors=request.all_processors(),
-        )
-
-    def prefilled(self) -> GenerationStep:
-        """The step that stands for prefill; rows that may not generate at all end with it."""
-        rows = [
-            RowStep(stop_reason=self.request.limit_reason(row, self.context) if ended else None)
-            for row, ended in enumerate(self.ended)
-        ]
-        return GenerationStep(rows)
-
-    def begin_step(self, num_speculations: int) -> int:
-        """Tell the cache how far the next step looks; returns its d, no more than any row can use."""
-        lengths = {row: self._length(row) for row in self.rows}
-        remaining = max(self.limits[row] - length for row, length in lengths.items() if not self.ended[row])
-        num_drafted = min(num_speculations, remaining - 1)
-        self.state.cache.see(max(lengths.values()) + num_drafted)
-        return num_drafted
-
-    def record(self, outcome_BN: Tensor) -> GenerationStep:
-        """What a step's `commit` returned, on the host: one copy from the device. Rows are cut at their stops."""
-        outcome = outcome_BN.tolist()
-        num_drafted = (len(outcome[0]) - 2) // 2
-        steps = [RowStep() for _ in self.ended]
-        for row, values in zip(self.rows, outcome, strict=True):
-            if not self.ended[row]:
-                steps[row] = self._row_step(row, values, num_drafted)
-        if any(step.stop_reason for step in steps):
-            self._let_ended_rows_rest()
-        return GenerationStep(steps)
-
-    def _let_ended_rows_rest(self) -> None:
-        """Rows that have ended do not advance; when they are half of the batch, the batch is made smaller."""
-        active = [index for index, row in enumerate(self.rows) if not self.ended[row]]
-        if active and 2 * len(active) <= len(self.rows):
-            self.state.keep(active)
-            self.rows = [self.rows[index] for index in active]
-        self.state.active_B = torch.tensor(
-            [not self.ended[row] for row in self.rows], device=self.state.lengths_B.device
-        )
-
-    @property
-    def is_active(self) -> bool:
-        """Whether any row goes on."""
-        return not all(self.ended)
-
-    def _row_step(self, row: int, values: list[int], num_drafted: int) -> RowStep:
-        accepted, decided, drafted = values[0], values[1 : num_drafted + 2], values[num_drafted + 2 :]
-        drafted = drafted[: self.limits[row] - self._length(row) - 1]
-        new, reason = self.request.stop_rule.cut(self.generated[row], decided[: accepted + 1])
-        if reason:
-            drafted = drafted[: len(new)]
-        self.generated[row] += new
-        if reason is None and self._length(row) == self.limits[row]:
-            reason = self.request.limit_reason(row, self.context)
-        self.ended[row] = reason is not None
-        return RowStep(drafted, min(accepted, len(new)), new, reason)
-
-    def _length(self, row: int) -> int:
-        return len(self.request.prompts[row]) + len(self.generated[row])
 
 
 def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
@@ -328,13 +247,6 @@ def token_device(model: LlamaForCausalLM) -> torch.device:
     """Where tokens live: with the embeddings, or on the CPU while those are offloaded."""
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _padded(prompts: list[list[int]], capacity: int) -> Tensor:
-    tokens_BC = torch.zeros(len(prompts), capacity, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens_BC[row, : len(prompt)] = torch.tensor(prompt)
-    return tokens_BC
 
 
 class TokenStreamer:
@@ -422,6 +334,7 @@ class HuggingfaceLlamaGenerator:
             raise ValueError(f"A streamer shows one answer, but there are {len(prompts)} prompts.")
         request = self.request(prompts, config, logits_processors)
         results = [GenerationResult() for _ in prompts]
+        self.strategy.prepare(request)
         if isinstance(streamer, BaseStreamer):
             streamer = TokenStreamer(streamer)
         if streamer is not None:

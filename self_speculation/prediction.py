@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from self_speculation.acceptance import step_counts
+from self_speculation.decoding import Decoding
 from self_speculation.decoding_state import DecodingState, prefill
 from self_speculation.early_exit import embed, exit_logits, forward_early, forward_exits
 from self_speculation.fused_layers import fuse
 from self_speculation.generator_base import (
-    Decoding,
     GenerationConfig,
     GenerationRequest,
     GenerationResult,

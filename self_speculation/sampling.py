@@ -49,7 +49,7 @@ def draw(p_BTV: Tensor, uniform_BT: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BTV, threshold_BT1, right=True).squeeze(-1).clamp(max=p_BTV.shape[-1] - 1)
 
 
-def noise(seed: int, prompts: list[list[int]], capacity: int, device: torch.device) -> Tensor:
+def noise(seed: int, prompts: list[list[int]], capacity: int) -> Tensor:
     """Uniform numbers in [0, 1), (B, C, S) in float64, that depend on the seed, the row and the position only.
 
     A row is told by its prompt and by how many copies of it stand before, whatever else is in the batch.
@@ -61,7 +61,7 @@ def noise(seed: int, prompts: list[list[int]], capacity: int, device: torch.devi
         copies[prompt] += 1
         bits = np.random.Philox(key=[seed, int.from_bytes(row)])
         uniforms.append(np.random.Generator(bits).random((capacity, 3)))
-    return torch.from_numpy(np.stack(uniforms)).to(device)
+    return torch.from_numpy(np.stack(uniforms))
 
 
 def process_logits(

@@ -10,47 +10,72 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from self_speculation.compilation import CompiledStep
+from self_speculation.decoding import Decoding, DecodingStrategy
 from self_speculation.decoding_state import DecodingState, prefill
+from self_speculation.draft_head import DraftHead
 from self_speculation.early_exit import forward_early, forward_remainder
-from self_speculation.generator_base import (
-    Decoding,
-    GenerationRequest,
-    GenerationStep,
-    GenerationStrategy,
-    check_exit_layer,
-)
+from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, check_exit_layer
 from self_speculation.verification import Draft, Verdict
 
 
-class SelfSpeculativeGenerator(GenerationStrategy):
+class SelfSpeculativeGenerator(DecodingStrategy):
     """Drafts with the layers below `config.exit_layer`, verifies with the rest; the output is the full model's."""
 
     uses = ("exit_layer", "num_speculations")
+    draft_head: DraftHead | None = None
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Compile the step, if that is asked for."""
+        self._compiled(request)
 
     @torch.inference_mode()
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """Prefill, then a draft of d tokens and its verification a step."""
-        config = request.config
-        check_exit_layer(config.exit_layer, self.model)
-        if config.num_speculations is None:
-            raise ValueError("Self-speculative decoding needs --num_speculations.")
-        decoding = Decoding(self.model, request, config.num_speculations)
-        prefill(self.model, decoding.state, self.model.config.num_hidden_layers, config.prefill_chunk)
+        exit_layer, num_speculations, draft_head = self._sizes(request.config)
+        decoding = Decoding(self.model, request, num_speculations, self._compiled(request))
+        prefill(self.model, decoding.state, self.model.config.num_hidden_layers, request.config.prefill_chunk)
         yield decoding.prefilled()
         while decoding.is_active:
-            num_drafted = decoding.begin_step(config.num_speculations)
-            yield decoding.record(speculative_step(self.model, decoding.state, config.exit_layer, num_drafted))
+            num_drafted = decoding.begin_step(num_speculations)
+            yield decoding.record(decoding.run(speculative_step, exit_layer, num_drafted, draft_head))
+
+    def _sizes(self, config: GenerationConfig) -> tuple[int, int, DraftHead | None]:
+        """E, d and the head that drafts, checked."""
+        if config.num_speculations is None:
+            raise ValueError("Self-speculative decoding needs --num_speculations.")
+        exit_layer = check_exit_layer(config.exit_layer, self.model)
+        if config.draft_vocab is None:
+            self.draft_head = None
+        elif self.draft_head is None or not self.draft_head.is_of(self.model, config.draft_vocab):
+            self.draft_head = DraftHead.of(self.model, config.draft_vocab)
+        return exit_layer, config.num_speculations, self.draft_head
+
+    @torch.inference_mode()
+    def _compiled(self, request: GenerationRequest) -> CompiledStep | None:
+        sizes = self._sizes(request.config)
+        return self.compiled_step(request, sizes[1], speculative_step, *sizes)
 
 
-def speculative_step(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, num_speculations: int) -> Tensor:
+def speculative_step(
+    model: LlamaForCausalLM,
+    state: DecodingState,
+    exit_layer: int,
+    num_speculations: int,
+    draft_head: DraftHead | None = None,
+) -> Tensor:
     """One draft and its verification, a pure function of tensors; returns what `DecodingState.commit` does."""
-    draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations)
+    draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations, draft_head)
     verdict = verify(model, state, exit_layer, draft, exit_states_BTD)
     return state.commit(draft, verdict)
 
 
 def draft_tokens(
-    model: LlamaForCausalLM, state: DecodingState, exit_layer: int, num_speculations: int
+    model: LlamaForCausalLM,
+    state: DecodingState,
+    exit_layer: int,
+    num_speculations: int,
+    draft_head: DraftHead | None = None,
 ) -> tuple[Draft, Tensor]:
     """Layers [0, E) run ahead: d tokens, one by one, and the exit states of the pending token and all of them."""
     distributions, exit_states = [], []
@@ -59,7 +84,7 @@ def draft_tokens(
         exit_state_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
         exit_states.append(exit_state_B1D)
         if index < num_speculations:
-            logits_B1V = state.logits(model, exit_state_B1D, position_B1)
+            logits_B1V = state.logits(model, exit_state_B1D, position_B1, draft_head)
             token_B1, q_B1V = state.rule.propose(logits_B1V, state.noise(position_B1 + 1))
             state.write(position_B1 + 1, token_B1)
             distributions.append(q_B1V)

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.decoding import Decoding
 from self_speculation.decoding_state import prefill
 from self_speculation.generator_base import (
-    Decoding,
     GenerationConfig,
     GenerationRequest,
     GenerationStep,

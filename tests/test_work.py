@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, LogitsProcessorList
 from self_speculation import autoregressive_generator, self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
 from self_speculation.cache import BUCKET
-from self_speculation.generator_base import Decoding, GenerationConfig, GenerationRequest, GenerationStrategy
+from self_speculation.decoding import Decoding
+from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 from self_speculation.stopping import StopRule
 

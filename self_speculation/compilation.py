@@ -1,0 +1,125 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""Decoding steps as one compiled graph each; on CUDA also captured, and replayed as one launch.
+
+A step is a pure function of tensors, so that this needs no second version of it. Graphs serve every length: on CPUs the
+visible prefix of the cache is a symbol, on CUDA there is a graph for each power of two.
+
+Shapes: B batch, N numbers that a step returns for each row.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from transformers import LlamaForCausalLM
+
+from self_speculation.cache import power_of_two
+from self_speculation.decoding_state import DecodingState, prefill
+
+Step = Callable[..., Tensor]
+
+BACKEND = "inductor"
+# Runs before a graph is captured: the first compiles, libraries allocate their workspaces in the second.
+WARM_UP_RUNS = 2
+
+
+class CompiledStep:
+    """A step over one state, compiled with its sizes; `compile` is `default` or `max`.
+
+    Raises (when it is warmed up):
+        ValueError: the step cannot be compiled here.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, state: DecodingState, compile: str, step: Step, *sizes: Any) -> None:
+        self.model = model
+        self.state = state
+        self.sizes = sizes
+        self.is_frozen = compile == "max" and state.lengths_B.device.type == "cpu" and not model.training
+        self.is_captured = state.lengths_B.device.type == "cuda"
+        self.function = torch.compile(
+            _with_own_code(step), fullgraph=True, dynamic=False, backend=BACKEND, options=_options(compile)
+        )
+        self.name = f"{step.__name__.replace('_', ' ')} {sizes[:2]}"
+        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.warm: set[int] = set()
+
+    def __call__(self) -> Tensor:
+        """Run the step on its state; returns what `DecodingState.commit` does, (B, N)."""
+        if self.is_captured:
+            graph, outcome_BN = self.captured[self.state.cache.visible]
+            graph.replay()
+            return outcome_BN
+        return self._run()
+
+    def warm_up(self, length: int) -> None:
+        """Compile, and capture, what decoding up to `length` positions needs; the state is overwritten."""
+        missing = [visible for visible in self._buckets(length) if visible not in self.warm]
+        if not missing:
+            return
+        with Console(stderr=True).status(f"Compiling the {self.name}: minutes at first, then kept on disk …"):
+            try:
+                for visible in missing:
+                    self._warm_up_bucket(visible)
+            except TorchDynamoException as error:
+                raise ValueError(f"--compile: this model cannot be compiled here ({_reason(error)}).") from error
+
+    def _buckets(self, length: int) -> list[int]:
+        """The visible prefixes that need graphs of their own: one is enough where the prefix is a symbol."""
+        if not self.is_captured:
+            return [power_of_two(1)]
+        most = self.state.cache.capacity
+        return sorted({min(power_of_two(visible), most) for visible in range(1, length + 1, power_of_two(1))})
+
+    def _warm_up_bucket(self, visible: int) -> None:
+        """Run on prompts of two zeros, whose prefill allocates the cache."""
+        num_rows = len(self.state.lengths_B)
+        with torch._inductor.config.patch(freezing=self.is_frozen):
+            for _ in range(WARM_UP_RUNS):
+                self.state.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
+                prefill(self.model, self.state, self.model.config.num_hidden_layers)
+                self.state.cache.see(visible)
+                if not self.is_captured:
+                    torch._dynamo.mark_dynamic(self.state.cache.keys_W, 0)
+                self._run()
+        if self.is_captured:
+            self.captured[visible] = self._capture()
+        self.warm.add(visible)
+
+    def _run(self) -> Tensor:
+        return self.function(self.model, self.state, *self.sizes)
+
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The whole step as one CUDA graph over the state's tensors, and where it puts its outcome."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outcome_BN = self._run()
+        return graph, outcome_BN
+
+
+def _options(compile: str) -> dict[str, Any]:
+    """Options of the compiler. Guards on the model are dropped: the strategy looks at its weights itself."""
+    options: dict[str, Any] = {"guard_filter_fn": _without_the_model}
+    if BACKEND == "inductor":
+        options |= {"coordinate_descent_tuning": True, "max_autotune": compile == "max"}
+    return options
+
+
+def _without_the_model(guards: Sequence[Any]) -> list[bool]:
+    return [not guard.name.startswith("L['model']") for guard in guards]
+
+
+def _with_own_code(function: Step) -> Step:
+    """The same function with a code object of its own: to that the graphs are tied, and counted."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """The first line of what went wrong, without torch's frame around it."""
+    cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+    return str(cause).strip().partition("\n")[0].rstrip(".")
