@@ -102,15 +102,20 @@ class CompiledStep:
 
 
 def _options(compile: str) -> dict[str, Any]:
-    """Options of the compiler. Guards on the model are dropped: the strategy looks at its weights itself."""
-    options: dict[str, Any] = {"guard_filter_fn": _without_the_model}
+    """Options of the compiler; checks at each call, of sizes and of what does not change, are left out."""
+    options: dict[str, Any] = {"guard_filter_fn": _guards_on_the_state}
     if BACKEND == "inductor":
-        options |= {"coordinate_descent_tuning": True, "max_autotune": compile == "max"}
+        options |= {
+            "size_asserts": False,
+            "coordinate_descent_tuning": True,
+            "max_autotune": compile == "max",
+        }
     return options
 
 
-def _without_the_model(guards: Sequence[Any]) -> list[bool]:
-    return [not guard.name.startswith("L['model']") for guard in guards]
+def _guards_on_the_state(guards: Sequence[Any]) -> list[bool]:
+    """Only the state may change from call to call: the strategy looks at the model's weights itself."""
+    return [guard.name.startswith(("state", "L['state']")) for guard in guards]
 
 
 def _with_own_code(function: Step) -> Step:
