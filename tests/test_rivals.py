@@ -165,6 +165,51 @@ def test_no_drafts_are_asked_for(model: LlamaForCausalLM) -> None:
     assert found == rows_of(AutoregressiveGenerator(model), request)
 
 
+# Batches
+
+OTHER_PROMPTS = [[5, 60], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12], [200]]
+
+
+def by_row(strategy: GenerationStrategy, request: GenerationRequest) -> list[list[RowStep]]:
+    """Each row's own steps: those that were not empty, for it had ended."""
+    rows = zip(*(step.rows for step in strategy.steps(request)), strict=True)
+    return [[step for step in row if step != RowStep()] for row in rows]
+
+
+def batch_of(prompts: list[list[int]], **fields: object) -> GenerationRequest:
+    return replace(make_request(PROMPT, **fields), prompts=prompts)
+
+
+BATCH_STOPS = [name for name, (_, reason) in STOPS.items() if reason != StopReason.LENGTH and "twice" not in name]
+
+
+@pytest.mark.parametrize("name", BATCH_STOPS)
+def test_a_padded_batch_has_the_answers_of_its_rows(name: str, model: LlamaForCausalLM, answer: list[int]) -> None:
+    """One row stops where the answer says, the others by themselves; ours, in a batch and alone."""
+    fields = STOPS[name][0](answer)
+    prompts = [OTHER_PROMPTS[0], PROMPT, *OTHER_PROMPTS[1:]]
+    request = batch_of(prompts, **fields)
+    found = by_row(HuggingfaceGenerator(model), request)
+    assert found == by_row(AutoregressiveGenerator(model), request)
+    alone = [by_row(HuggingfaceGenerator(model), replace(request, prompts=[prompt])) for prompt in prompts]
+    assert found == [row for [row] in alone]
+
+
+def test_a_row_of_a_batch_ends_with_the_context(model: LlamaForCausalLM) -> None:
+    request = batch_of([(PROMPT * 40)[:250], PROMPT], max_steps=12)
+    found = by_row(HuggingfaceGenerator(model), request)
+    assert found == by_row(AutoregressiveGenerator(model), request)
+    assert [len(tokens_of(row)) for row in found] == [6, 12]
+    assert [row[-1].stop_reason for row in found] == [StopReason.LENGTH, StopReason.MAX_STEPS]
+
+
+@pytest.mark.parametrize("has_own", [False, True], ids=["ngrams", "a processor"])
+def test_processors_do_not_see_padding(has_own: bool, model: LlamaForCausalLM) -> None:
+    given = {"processors": (Clock(),)} if has_own else {"no_repeat_ngram_size": 2}
+    with pytest.raises(ValueError, match="need --batch_size 1"):
+        by_row(HuggingfaceGenerator(model), batch_of([PROMPT, PROMPT], **given))
+
+
 # The clock
 
 
@@ -309,13 +354,10 @@ def test_sampling_from_one_token_is_greedy(
 # Refusals
 
 
-@each_kind
-def test_several_prompts_are_refused(
-    rival: type[GenerationStrategy], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    generator = HuggingfaceLlamaGenerator(tokenizer, rival(model))
+def test_several_prompts_are_refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    generator = HuggingfaceLlamaGenerator(tokenizer, HuggingfaceEarlyExitGenerator(model))
     config = GenerationConfig(max_steps=2, sample=False, exit_layer=2, num_speculations=2)
-    with pytest.raises(ValueError, match="takes one prompt at a time here, not 2"):
+    with pytest.raises(ValueError, match="takes one prompt at a time, not 2"):
         generator.generate([PROMPT, PROMPT], config)
 
 
