@@ -52,6 +52,13 @@ class BenchmarkArguments:
     """What to measure besides speed, and how often."""
 
     repeats: int = field(default=1, metadata={"help": "Rounds over all prompts; times are medians over the rounds."})
+    batch_size: int = field(
+        default=1,
+        metadata={
+            "help": "Prompts answered together. Throughput is a batch's tokens over its seconds; latency is what a row "
+            "waits until its whole batch is done. hf_early_exit takes one prompt at a time."
+        },
+    )
     score_text: bool = field(
         default=True, metadata={"help": "ROUGE, BLEU, exact match and edit distance to the data's responses."}
     )
@@ -67,8 +74,9 @@ class BenchmarkArguments:
     verbose: bool = field(default=False, metadata={"help": "Print every sample's prompt, response and answers."})
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, not {self.repeats}.")
+        for name in ("repeats", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass
@@ -83,6 +91,16 @@ class BenchmarkConfig(GenerationConfig):
         },
     )
 
+    def check_batches(self) -> None:
+        """Refuse strategies that cannot answer several prompts at once."""
+        if "hf_early_exit" in self.generation_strategy:
+            raise ValueError("--generation_strategy hf_early_exit takes one prompt at a time: it needs --batch_size 1.")
+        rivals = [name for name in self.generation_strategy if name.startswith("hf_")]
+        if rivals and self.no_repeat_ngram_size:
+            raise ValueError(
+                f"--no_repeat_ngram_size would see the padding of {rivals[0]}'s batches: it needs --batch_size 1."
+            )
+
     def of_each_strategy(self) -> dict[str, GenerationConfig]:
         """One config a strategy; autoregressive with an exit layer, alone, is early exit."""
         names = list(dict.fromkeys(self.generation_strategy))
@@ -96,36 +114,63 @@ class BenchmarkConfig(GenerationConfig):
 
 
 class Benchmark:
-    """The contestants, their prompts, and the log of what has been measured; work is shared out over the ranks."""
+    """The contestants, their prompts, and the log of what has been measured; work is shared out over the ranks.
 
-    def __init__(self, contestants: dict[str, Contestant], examples: list[Example], log: RunLog) -> None:
+    Samples are answered `batch_size` at a time, in order. Each is a line of the log, with the times of its batch. A
+    batch of which the log has only a part is measured again as a whole, and its last lines count.
+    """
+
+    def __init__(
+        self, contestants: dict[str, Contestant], examples: list[Example], log: RunLog, batch_size: int = 1
+    ) -> None:
         self.contestants = contestants
         self.examples = examples
         self.log = log
+        self.batch_size = batch_size
         self.ranks = PartialState()
         encode = next(iter(contestants.values())).generator.encode
         self.prompts = [encode(example.prompt) for example in examples]
+        samples = range(len(examples))
+        self.batches = [samples[start : start + batch_size] for start in samples[::batch_size]]
 
     def run(self, repeats: int, verbose: bool) -> None:
-        """Measure what the log does not have yet; each sample is a line as soon as all strategies have answered it."""
+        """Measure what the log does not have yet; samples are lines as soon as all strategies have answered them."""
+        todo = self._todo(repeats)
+        for batch_size in {len(batch): None for _, batch in todo}:
+            for contestant in self.contestants.values():
+                contestant.warm_up([max(self.prompts, key=len)] * batch_size)
+        unit = "sample" if self.batch_size == 1 else "batch"
+        with tqdm(todo, desc="Measuring", unit=unit, disable=not self.ranks.is_main_process) as progress:
+            live = {name: Round(batch_size=self.batch_size) for name in self.contestants}
+            for repeat, batch in progress:
+                turn = repeat + self.batches.index(batch)
+                answers = interleaved(self.contestants, self.prompts_of(batch), turn)
+                for row, sample in enumerate(batch):
+                    of_sample = {name: measurements[row] for name, measurements in answers.items()}
+                    self._append(repeat, sample, of_sample)
+                    if verbose:
+                        progress.write(as_text(self.examples[sample], of_sample), file=sys.stdout)
+                for name, measurements in answers.items():
+                    live[name].measurements += measurements
+                progress.set_postfix_str(", ".join(f"{name} {live_figures(live[name])}" for name in live))
+        self.ranks.wait_for_everyone()
+
+    def prompts_of(self, batch: range) -> list[list[int]]:
+        """The samples' prompts."""
+        return [self.prompts[sample] for sample in batch]
+
+    def _todo(self, repeats: int) -> list[tuple[int, range]]:
+        """This rank's share of the rounds' batches that are not whole in the log, which all ranks have read."""
         self.ranks.wait_for_everyone()
         done = {(line["repeat"], line["sample"]) for line in self._lines()}
         self.ranks.wait_for_everyone()
-        todo = [(repeat, sample) for repeat in range(repeats) for sample in range(len(self.prompts))]
-        todo = [item for item in todo if item not in done][self.ranks.process_index :: self.ranks.num_processes]
-        for contestant in self.contestants.values() if todo else ():
-            contestant.warm_up(self.prompts[todo[0][1]])
-        with tqdm(todo, desc="Measuring", unit="sample", disable=not self.ranks.is_main_process) as progress:
-            live = {name: Round() for name in self.contestants}
-            for repeat, sample in progress:
-                answers = interleaved(self.contestants, self.prompts[sample], turn=repeat + sample)
-                self._append(repeat, sample, answers)
-                for name, measurement in answers.items():
-                    live[name].measurements.append(measurement)
-                progress.set_postfix_str(", ".join(f"{name} {live_figures(live[name])}" for name in live))
-                if verbose:
-                    progress.write(as_text(self.examples[sample], answers), file=sys.stdout)
-        self.ranks.wait_for_everyone()
+        todo = [
+            (repeat, batch)
+            for repeat in range(repeats)
+            for batch in self.batches
+            if any((repeat, sample) not in done for sample in batch)
+        ]
+        return todo[self.ranks.process_index :: self.ranks.num_processes]
 
     def rounds(self) -> dict[str, list[Round]]:
         """Everything in the log: each strategy's rounds over all samples."""
@@ -133,14 +178,14 @@ class Benchmark:
         for line in self._lines():
             for name, values in line["strategies"].items():
                 if line["sample"] == 0:
-                    rounds[name].append(Round())
+                    rounds[name].append(Round(batch_size=self.batch_size))
                 rounds[name][-1].measurements.append(Measurement(**values))
         return rounds
 
     def peak_bytes(self) -> dict[str, int]:
-        """Each strategy's most memory, on the longest prompt."""
-        longest = max(self.prompts, key=len)
-        return {name: contestant.peak_bytes(longest) for name, contestant in self.contestants.items()}
+        """Each strategy's most memory, on the batch whose padded prompts are largest."""
+        largest = max(map(self.prompts_of, self.batches), key=lambda prompts: len(prompts) * max(map(len, prompts)))
+        return {name: contestant.peak_bytes(largest) for name, contestant in self.contestants.items()}
 
     def _append(self, repeat: int, sample: int, answers: dict[str, Measurement]) -> None:
         self.log.append(
@@ -155,7 +200,8 @@ class Benchmark:
         )
 
     def _lines(self) -> list[dict[str, Any]]:
-        lines = sorted(self.log.lines(), key=lambda line: (line["repeat"], line["sample"]))
+        found = {(line["repeat"], line["sample"]): line for line in self.log.lines()}
+        lines = [found[key] for key in sorted(found)]
         for line in lines:
             if line["prompt"] != self.examples[line["sample"]].prompt:
                 raise ValueError(f"--resume: sample {line['sample']} of {self.log.log} is not what the data has now.")
@@ -203,13 +249,15 @@ def main() -> None:
     is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
     if arguments.execute_code and dataset.dataset != "human_eval":
         raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
+    if arguments.batch_size > 1:
+        config.check_batches()
     settings = {name: value for group in groups for name, value in asdict(group).items()}
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     contestants = make_contestants(model, tokenizer, config, model_arguments.model)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
     examples, num_shortened = fit(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
-    benchmark = Benchmark(contestants, examples, RunLog(Path(output.output_dir), "benchmark"))
+    benchmark = Benchmark(contestants, examples, RunLog(Path(output.output_dir), "benchmark"), arguments.batch_size)
     note = partial(Console(stderr=True, quiet=not is_main).print, highlight=False, soft_wrap=True)
     if num_shortened:
         note(f"{num_shortened} of {len(examples)} prompts were shortened to {limit.most} tokens.")
@@ -360,6 +408,7 @@ COST_COLUMNS = {
     "prefill\nms": _column("mean_prefill_seconds", "{:.1f}", 1e3),
     "first token\nms": _column("mean_first_token_seconds", "{:.1f}", 1e3),
     "ms/token": _column("decode_seconds_per_token", "{:.2f}", 1e3),
+    "answer\nms": _column("mean_batch_seconds", "{:.0f}", 1e3),
     "peak memory\nMB": _column("peak_memory_bytes", "{:.1f}", 1e-6),
     "share of\nbandwidth": _column("bandwidth_share", "{:.1%}"),
 }

@@ -303,8 +303,8 @@ class Sweep:
     def _measure(self, cell: Cell | None) -> dict[str, Any]:
         start = time.perf_counter()
         contestant = self.contestant(cell)
-        contestant.warm_up(self.prompts[0])
-        figures = totals([Round([contestant.run(prompt) for prompt in self.prompts])])
+        contestant.warm_up(self.prompts[:1])
+        figures = totals([Round([answer for prompt in self.prompts for answer in contestant.run([prompt])])])
         return figures | {"wall_seconds": time.perf_counter() - start}
 
     def predictions(self, cells: list[Cell], num_samples: int) -> list[Prediction]:
@@ -312,7 +312,7 @@ class Sweep:
         exit_layers = sorted({exit_layer for exit_layer, _ in cells})
         for exit_layer in exit_layers:
             check_exit_layer(exit_layer, self.model)
-        self.baseline.warm_up(self.prompts[0])
+        self.baseline.warm_up(self.prompts[:1])
         generator, config = self.baseline.generator, self.baseline.config
         prompts = tqdm(self.prompts[:num_samples], desc="Looking at answers", unit="answer")
         profiles = [profile(generator, config, prompt, exit_layers) for prompt in prompts]
@@ -325,11 +325,11 @@ class Sweep:
         contestants = {cell: self.contestant(cell) for cell in (None, *cells)}
         rounds = {cell: [Round() for _ in range(repeats)] for cell in contestants}
         for contestant in contestants.values():
-            contestant.warm_up(self.prompts[0])
+            contestant.warm_up(self.prompts[:1])
         turns = list(itertools.product(range(repeats), self.prompts[:num_samples]))
         for turn, (index, prompt) in enumerate(tqdm(turns, desc="Measuring the best", unit="sample")):
-            for cell, measurement in interleaved(contestants, prompt, turn).items():
-                rounds[cell][index].measurements.append(measurement)
+            for cell, answers in interleaved(contestants, [prompt], turn).items():
+                rounds[cell][index].measurements += answers
         figures = {cell: totals(rounds[cell]) | speedup(rounds[cell], rounds[None]) for cell in cells}
         return dict(sorted(figures.items(), key=lambda item: -item[1]["speedup"]))
 

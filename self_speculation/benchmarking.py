@@ -2,7 +2,11 @@
 """Speed, measured: strategies interleaved over the same prompts, what an answer cost, and the totals.
 
 All figures are counted from token ids. The decode rate counts the tokens after the first delivery and the time since
-then; every figure says whether it is a total, which weighs long answers more, or a mean over samples.
+then; every figure says whether it is a total, which weighs long answers more, or a mean.
+
+Prompts are answered in batches, of one by default. A batch's seconds are those of all its rows together, and each row
+has them in its measurement: *throughput* is the tokens of all rows over the batch's seconds, counted once, and
+*latency* is what a row waits: the seconds until its whole batch is done, and these over the row's own tokens.
 """
 
 import dataclasses
@@ -33,7 +37,7 @@ BASELINES = ("autoregressive", "hf_generate")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One answer: its tokens, its times in seconds, and each step's drafted, accepted and committed tokens."""
+    """One answer: its tokens, each step's drafted, accepted and committed tokens, and its batch's times in seconds."""
 
     tokens: list[int]
     text: str
@@ -83,24 +87,24 @@ class Contestant:
         """The strategy that the config names."""
         return cls(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config)), config)
 
-    def run(self, prompt: list[int]) -> Measurement:
-        """Answer a prompt."""
-        return Measurement.of(self.generator.generate([prompt], self.config)[0])
+    def run(self, prompts: list[list[int]]) -> list[Measurement]:
+        """Answer a batch of prompts, all at once."""
+        return [Measurement.of(result) for result in self.generator.generate(prompts, self.config)]
 
-    def warm_up(self, prompt: list[int]) -> None:
-        """A short answer that no one counts."""
+    def warm_up(self, prompts: list[list[int]]) -> None:
+        """Short answers that no one counts."""
         config = dataclasses.replace(self.config, max_steps=min(self.config.max_steps, WARM_UP_TOKENS))
-        self.generator.generate([prompt], config)
+        self.generator.generate(prompts, config)
 
-    def peak_bytes(self, prompt: list[int]) -> int:
-        """The most memory during an answer: the allocator's peak on CUDA, bytes of live tensors on the CPU."""
+    def peak_bytes(self, prompts: list[list[int]]) -> int:
+        """The most memory during a batch's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
         if self.generator.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.run(prompt)
+            self.run(prompts)
             return torch.cuda.max_memory_allocated()
-        return self._peak_live_bytes(prompt)
+        return self._peak_live_bytes(prompts)
 
-    def _peak_live_bytes(self, prompt: list[int]) -> int:
+    def _peak_live_bytes(self, prompts: list[list[int]]) -> int:
         """Live tensors are counted when an LM head has just run, now and then and so near the end too."""
         gc.collect()
         peak, calls = 0, itertools.count(1)
@@ -113,18 +117,58 @@ class Contestant:
 
         handle = self.generator.model.lm_head.register_forward_hook(look)
         try:
-            self.run(prompt)
+            self.run(prompts)
         finally:
             handle.remove()
         return peak
 
 
-def interleaved(contestants: dict[Any, Contestant], prompt: list[int], turn: int) -> dict[Any, Measurement]:
-    """Every contestant's answer to a prompt; who begins changes with the turn."""
+def interleaved(
+    contestants: dict[Any, Contestant], prompts: list[list[int]], turn: int
+) -> dict[Any, list[Measurement]]:
+    """Every contestant's answers to a batch of prompts; who begins changes with the turn."""
     names = list(contestants)
     start = turn % len(names)
-    answers = {name: contestants[name].run(prompt) for name in names[start:] + names[:start]}
+    answers = {name: contestants[name].run(prompts) for name in names[start:] + names[:start]}
     return {name: answers[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers that were given together, in the same seconds."""
+
+    rows: list[Measurement]
+
+    @property
+    def seconds(self) -> float:
+        """From the prompts to the last row's last token."""
+        return max(row.seconds for row in self.rows)
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first delivery to the last row's last token."""
+        return max(row.decode_seconds for row in self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all rows."""
+        return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def decode_tokens(self) -> int:
+        """All rows' tokens after the first delivery."""
+        return sum(row.decode_tokens for row in self.rows)
+
+    @property
+    def steps(self) -> int:
+        """Steps after the first delivery: rows step together, until the last of them ends."""
+        return max(len(row.committed[1:]) for row in self.rows)
+
+    @property
+    def drafting_passes(self) -> int:
+        """Drafts made after the first delivery, by one pass for all rows each."""
+        drafted = itertools.zip_longest(*(row.drafted[1:] for row in self.rows), fillvalue=0)
+        return sum(map(max, drafted))
 
 
 @dataclass(frozen=True)
@@ -145,48 +189,66 @@ class WeightBytes:
         """What an autoregressive step reads."""
         return sum(self.layers) + self.head
 
-    def read(self, measurement: Measurement, config: GenerationConfig) -> int:
-        """Bytes read after the first delivery: a draft reads layers [0, E) and the head, a step all that verify."""
+    def read(self, batch: Batch, config: GenerationConfig) -> int:
+        """Bytes read after the first delivery, for all rows at once.
+
+        A draft reads layers [0, E) and the head, a step all that verify.
+        """
         early = sum(self.layers[: config.exit_layer]) + self.head
         step = early if config.generation_strategy == "early_exit" else self.all
-        return sum(measurement.drafted[1:]) * early + len(measurement.committed[1:]) * step
+        return batch.drafting_passes * early + batch.steps * step
 
 
 @dataclass
 class Round:
-    """One strategy's answers to all prompts, once."""
+    """One strategy's answers to all prompts, once, in batches of `batch_size`; the last one may be smaller."""
 
     measurements: list[Measurement] = field(default_factory=list)
+    batch_size: int = 1
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The answers, by batch."""
+        starts = range(0, len(self.measurements), self.batch_size)
+        return [Batch(self.measurements[start : start + self.batch_size]) for start in starts]
 
     def total(self, value: Callable[[Measurement], float]) -> float:
         """The sum of a figure over the answers."""
         return sum(map(value, self.measurements))
 
+    def batch_total(self, value: Callable[[Batch], float]) -> float:
+        """The sum of a figure over the batches: what rows share, like time, counts once."""
+        return sum(map(value, self.batches))
+
     @property
     def tokens_per_second(self) -> float:
-        """All tokens over all time, prefill included."""
-        return ratio(self.total(lambda m: len(m.tokens)), self.total(lambda m: m.seconds))
+        """All tokens over all time, prefill included: throughput."""
+        return ratio(self.batch_total(lambda b: b.num_tokens), self.batch_total(lambda b: b.seconds))
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens after the first deliveries over the time since then."""
-        return ratio(self.total(lambda m: m.decode_tokens), self.total(lambda m: m.decode_seconds))
+        """Tokens after the first deliveries over the time since then: throughput."""
+        return ratio(self.batch_total(lambda b: b.decode_tokens), self.batch_total(lambda b: b.decode_seconds))
+
+    @property
+    def decode_seconds_per_token(self) -> float:
+        """What a row waits for each of its tokens after the first delivery, until its whole batch is done: latency."""
+        return ratio(self.total(lambda m: m.decode_seconds), self.total(lambda m: m.decode_tokens))
 
     @property
     def times(self) -> dict[str, float]:
-        """The figures that change from round to round; a mean over samples says so. No prefill without its own."""
-        samples = self.measurements
+        """The figures that change from round to round. No prefill without its own."""
+        samples, batches = self.measurements, self.batches
         prefill = mean(m.prefill_seconds for m in samples)
         return {
             "tokens_per_second": self.tokens_per_second,
             "decode_tokens_per_second": self.decode_tokens_per_second,
-            "mean_tokens_per_second": mean(ratio(len(m.tokens), m.seconds) for m in samples),
-            "mean_decode_tokens_per_second": mean(ratio(m.decode_tokens, m.decode_seconds) for m in samples),
-            "decode_seconds_per_token": ratio(
-                self.total(lambda m: m.decode_seconds), self.total(lambda m: m.decode_tokens)
-            ),
+            "mean_tokens_per_second": mean(ratio(b.num_tokens, b.seconds) for b in batches),
+            "mean_decode_tokens_per_second": mean(ratio(b.decode_tokens, b.decode_seconds) for b in batches),
+            "decode_seconds_per_token": self.decode_seconds_per_token,
             "mean_first_token_seconds": mean(m.first_token_seconds for m in samples),
-            "seconds": self.total(lambda m: m.seconds),
+            "mean_batch_seconds": mean(b.seconds for b in batches),
+            "seconds": self.batch_total(lambda b: b.seconds),
         } | ({"mean_prefill_seconds": prefill} if prefill else {})
 
     @property
@@ -241,12 +303,15 @@ def totals(rounds: list[Round]) -> dict[str, Any]:
 
 
 def speedup(rounds: list[Round], baseline: list[Round]) -> dict[str, Any]:
-    """Tokens a second, end to end, over the baseline's: round by round, and sample by sample in all rounds."""
+    """Tokens a second, end to end, over the baseline's: round by round, and batch by batch in all rounds.
+
+    At batch 1 a batch is a sample, and the figures' names say so.
+    """
     ratios = [ratio(a.tokens_per_second, b.tokens_per_second) for a, b in zip(rounds, baseline, strict=True)]
     samples = [
-        ratio(len(m.tokens) * b.seconds, len(b.tokens) * m.seconds)
+        ratio(ours.num_tokens * other.seconds, other.num_tokens * ours.seconds)
         for one, base in zip(rounds, baseline, strict=True)
-        for m, b in zip(one.measurements, base.measurements, strict=True)
+        for ours, other in zip(one.batches, base.batches, strict=True)
     ]
     decode = [
         ratio(a.decode_tokens_per_second, b.decode_tokens_per_second) for a, b in zip(rounds, baseline, strict=True)
@@ -263,7 +328,8 @@ def speedup(rounds: list[Round], baseline: list[Round]) -> dict[str, Any]:
 def bandwidth_share(rounds: list[Round], config: GenerationConfig, weights: WeightBytes, bandwidth: float) -> float:
     """The share of the memory bandwidth that decoding reached, from the weights that it read."""
     shares = [
-        ratio(one.total(lambda m: weights.read(m, config)), one.total(lambda m: m.decode_seconds)) / bandwidth
+        ratio(one.batch_total(lambda b: weights.read(b, config)), one.batch_total(lambda b: b.decode_seconds))
+        / bandwidth
         for one in rounds
     ]
     return statistics.median(shares)

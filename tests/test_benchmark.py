@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmark
 from self_speculation.benchmarking import (
+    Batch,
     Contestant,
     Measurement,
     Round,
@@ -60,6 +61,7 @@ TIMES = (
     "mean_decode_tokens_per_second",
     "decode_seconds_per_token",
     "mean_first_token_seconds",
+    "mean_batch_seconds",
     "seconds",
 )
 
@@ -165,10 +167,44 @@ def test_times() -> None:
         "mean_decode_tokens_per_second": 6.0,
         "decode_seconds_per_token": 2.125 / 9,
         "mean_first_token_seconds": 0.5625,
+        "mean_batch_seconds": 1.625,
         "seconds": 3.25,
         "mean_prefill_seconds": 0.28125,
     }
     assert tuple(Round([PLAIN]).times) == TIMES
+
+
+# A batch of two in three seconds, one of them with two steps less; and one that is alone, in two.
+TOGETHER = [LONG, measured([3], [3], [4], (0.5, 1.0, 2.0))]
+
+
+def test_the_seconds_of_a_batch_count_once() -> None:
+    """Throughput is of all rows together; latency is what each row waits."""
+    one = Round([*TOGETHER, PLAIN], batch_size=2)
+    assert one.batches == [Batch(TOGETHER), Batch([PLAIN])]
+    times = one.times
+    assert times["seconds"] == 3.0 + 2.0
+    assert times["mean_batch_seconds"] == 2.5
+    assert times["tokens_per_second"] == (12 + 4 + 4) / 5.0
+    assert times["decode_tokens_per_second"] == (8 + 0 + 3) / (2.0 + 1.5)
+    assert times["mean_tokens_per_second"] == (16 / 3 + 4 / 2) / 2
+    assert times["mean_decode_tokens_per_second"] == (8 / 2 + 3 / 1.5) / 2
+    assert times["decode_seconds_per_token"] == (2.0 + 2.0 + 1.5) / (8 + 0 + 3)
+    assert one.counts == Round([*TOGETHER, PLAIN]).counts
+
+
+def test_a_batch_is_compared_as_a_whole() -> None:
+    found = speedup([Round([*TOGETHER, PLAIN], 2)], [Round([PLAIN, PLAIN, PLAIN], 2)])
+    # Batch by batch: 16 tokens in 3 s over 8 in 2 s, and the same over the same.
+    assert found["sample_speedup_spread"] == pytest.approx([1, 16 / 3 / 4])
+    assert found["speedup"] == pytest.approx((20 / 5) / (12 / 4))
+
+
+def test_a_batch_steps_together() -> None:
+    """The first delivery aside: as many steps as the longest row's, and as many drafts as the longest draft of each."""
+    batch = Batch([measured([3, 2, 0, 1], [0] * 4, [1] * 4, (0, 1, 1)), measured([3, 3], [0] * 2, [1] * 2, (0, 1, 1))])
+    assert (batch.steps, batch.drafting_passes) == (3, 3 + 0 + 1)
+    assert (Batch([NOTHING]).steps, Batch([NOTHING]).drafting_passes) == (0, 0)
 
 
 def test_no_tokens_are_no_speed() -> None:
@@ -241,7 +277,8 @@ WEIGHTS = WeightBytes(layers=[100, 100, 100, 100], head=50)
 )
 def test_bytes_read(strategy: str, exit_layer: int | None, measurement: Measurement, expected: int) -> None:
     config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
-    assert WEIGHTS.read(measurement, config) == expected
+    assert WEIGHTS.read(Batch([measurement]), config) == expected
+    assert WEIGHTS.read(Batch([measurement, NOTHING, measurement]), config) == expected
     rounds = [Round([slowed(measurement, factor)]) for factor in (1, 4, 2)]
     seconds = measurement.decode_seconds * 2
     share = expected / seconds / 10_000 if seconds else 0
@@ -275,7 +312,7 @@ def test_peak_memory_is_little_more_than_the_weights(
     model = make_model(hidden_size=128, intermediate_size=256)
     size = sum(weight.nbytes for weight in model.parameters())
     for contestant in list(make_contestants(model, tokenizer).values())[1:]:
-        assert size <= contestant.peak_bytes([0, 5, 6, 7]) - others < 1.3 * size
+        assert size <= contestant.peak_bytes([[0, 5, 6, 7]]) - others < 1.3 * size
         assert not model.lm_head._forward_hooks
 
 
@@ -285,14 +322,14 @@ def test_everyone_begins_in_turn(model: LlamaForCausalLM, tokenizer: PreTrainedT
 
     @dataclasses.dataclass(frozen=True)
     class Noted(Contestant):
-        def run(self, prompt: list[int]) -> Measurement:
+        def run(self, prompts: list[list[int]]) -> list[Measurement]:
             begun.append(self.config.generation_strategy)
-            return super().run(prompt)
+            return super().run(prompts)
 
     contestants = {name: Noted(one.generator, one.config) for name, one in make_contestants(model, tokenizer).items()}
     names = list(contestants)
     for turn in range(5):
-        assert list(interleaved(contestants, [0, 5], turn)) == names
+        assert list(interleaved(contestants, [[0, 5]], turn)) == names
     starts = [begun[index : index + 4] for index in range(0, 20, 4)]
     assert starts[:4] == [names[turn:] + names[:turn] for turn in range(4)]
     assert starts[4] == names
@@ -305,7 +342,7 @@ def test_a_warm_up_is_short_and_changes_nothing(
     contestant = make_contestants(model, tokenizer)["self_speculative"]
     passes: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda *_: passes.append(1))
-    contestant.warm_up([0, 5, 6])
+    contestant.warm_up([[0, 5, 6]])
     handle.remove()
     assert 0 < len(passes) <= 3 * 3
     assert contestant.config.max_steps == 8
@@ -398,6 +435,53 @@ def test_all_strategies(run_benchmark: Callable[..., dict[str, Any]], tmp_path: 
     assert drafts[0] == drafts[1]
 
 
+def test_batches(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Four prompts, three at a time: a line each, the same answers and counts, and each batch's seconds once."""
+    names = ["autoregressive", "self_speculative", "hf_generate"]
+    flags = ["--generation_strategy", *names, "--num_speculations", 3]
+    alone = run_benchmark(*flags)
+    expected = untimed(lines_of(tmp_path / "logs" / "benchmark.jsonl"))
+    together = run_benchmark(*flags, "--batch_size", 3)
+    lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")
+    assert untimed(lines) == expected
+    assert unchanging(together) == unchanging(alone)
+    for name in names:
+        first, *others = (line["strategies"][name] for line in lines)
+        seconds = [one["first_token_seconds"] + one["decode_seconds"] for one in (first, *others)]
+        assert seconds[0] == seconds[1] == seconds[2] != seconds[3]
+        assert together[name]["seconds"] == pytest.approx(seconds[0] + seconds[3], rel=1e-5)
+        tokens = sum(len(line["strategies"][name]["tokens"]) for line in lines)
+        assert together[name]["tokens_per_second"] == pytest.approx(tokens / (seconds[0] + seconds[3]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--batch_size", 0], "--batch_size must be at least 1, not 0."),
+        (["--batch_size", 2, "--generation_strategy", "hf_early_exit"], "it needs --batch_size 1."),
+        (
+            ["--batch_size", 2, "--generation_strategy", "hf_generate", "--no_repeat_ngram_size", 2],
+            "--no_repeat_ngram_size would see the padding of hf_generate's batches: it needs --batch_size 1.",
+        ),
+    ],
+    ids=["none", "early exit", "padding"],
+)
+def test_batches_that_are_refused(
+    flags: list[object],
+    named: str,
+    run: Callable[..., int],
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In one sentence, before anything is written."""
+    assert run(benchmark.main, *short_flags(rows), *flags) == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("error: ")
+    assert sentence.endswith(named)
+    assert not (tmp_path / "logs").exists()
+
+
 def test_autoregressive_with_an_exit_layer_alone_is_early_exit(
     run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -484,16 +568,35 @@ def test_a_run_is_resumed(run_benchmark: Callable[..., dict[str, Any]], tmp_path
     assert len(list(log.parent.iterdir())) == 2
 
 
+def test_a_torn_batch_is_measured_again(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """As a whole, so that all its rows have the times of one measurement; its last lines count."""
+    flags = ["--generation_strategy", "autoregressive", "self_speculative", "--batch_size", 3]
+    figures = run_benchmark(*flags)
+    log = tmp_path / "logs" / "benchmark.jsonl"
+    expected = untimed(lines_of(log))
+    kept = truncate(log, 2)
+    resumed = run_benchmark(*flags, "--resume", "True")
+    assert log.read_bytes().startswith(kept)
+    lines = lines_of(log)
+    assert [line["sample"] for line in lines] == [0, 1, 0, 1, 2, 3]
+    assert untimed(lines[2:]) == expected
+    assert unchanging(resumed) == unchanging(figures)
+    seconds = [line["strategies"]["autoregressive"] for line in (lines[2], lines[5])]
+    total = sum(one["first_token_seconds"] + one["decode_seconds"] for one in seconds)
+    assert resumed["autoregressive"]["seconds"] == pytest.approx(total, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--max_steps", 5], "--max_steps 8, not 5"),
+        (["--batch_size", 2], "--batch_size 1, not 2"),
         (["--generation_strategy", "hf_generate"], "--generation_strategy"),
         (["--seed", 1], "--seed 42, not 1"),
         (["--repeats", 2], "--repeats 1, not 2"),
         ([], "sample 1 of"),
     ],
-    ids=["most tokens", "strategy", "seed", "repeats", "data"],
+    ids=["most tokens", "batch size", "strategy", "seed", "repeats", "data"],
 )
 def test_another_run_is_not_resumed(
     flags: list[object],

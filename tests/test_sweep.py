@@ -216,11 +216,11 @@ def test_every_cell_answers_the_same_prompts(run_sweep: Run, monkeypatch: pytest
     seen: dict[tuple[str, int | None, int | None], list[tuple[list[int], list[int]]]] = {}
     measure = Contestant.run
 
-    def spy(self: Contestant, prompt: list[int]) -> Measurement:
-        measurement, config = measure(self, prompt), self.config
+    def spy(self: Contestant, prompts: list[list[int]]) -> list[Measurement]:
+        [measurement], config = measure(self, prompts), self.config
         key = (config.generation_strategy, config.exit_layer, config.num_speculations)
-        seen.setdefault(key, []).append((prompt, measurement.tokens))
-        return measurement
+        seen.setdefault(key, []).append((prompts[0], measurement.tokens))
+        return [measurement]
 
     monkeypatch.setattr(Contestant, "run", spy)
     assert run_sweep(*SMALL_GRID) == 0
