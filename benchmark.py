@@ -87,7 +87,7 @@ class BenchmarkConfig(GenerationConfig):
         default_factory=lambda: ["autoregressive"],
         metadata={
             "help": "One or several of autoregressive, early_exit, self_speculative, and transformers' own "
-            "hf_generate and hf_early_exit (generate with assistant_early_exit)."
+            "hf_generate, hf_static (with a static cache, compiled) and hf_early_exit (with assistant_early_exit)."
         },
     )
 

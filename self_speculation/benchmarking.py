@@ -27,6 +27,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.hardware import live_tensor_bytes
 from self_speculation.loading import make_strategy
+from self_speculation.rivals import HuggingfaceStaticGenerator
 
 WARM_UP_TOKENS = 32
 # How often the CPU's live tensors are counted during an answer: a count takes longer than a step.
@@ -92,9 +93,10 @@ class Contestant:
         return [Measurement.of(result) for result in self.generator.generate(prompts, self.config)]
 
     def warm_up(self, prompts: list[list[int]]) -> None:
-        """Short answers that no one counts."""
-        config = dataclasses.replace(self.config, max_steps=min(self.config.max_steps, WARM_UP_TOKENS))
-        self.generator.generate(prompts, config)
+        """Answers that no one counts: short ones, or whole ones where a longer answer would be compiled for anew."""
+        is_whole = isinstance(self.generator.strategy, HuggingfaceStaticGenerator)
+        max_steps = self.config.max_steps if is_whole else min(self.config.max_steps, WARM_UP_TOKENS)
+        self.generator.generate(prompts, dataclasses.replace(self.config, max_steps=max_steps))
 
     def peak_bytes(self, prompts: list[list[int]]) -> int:
         """The most memory during a batch's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
@@ -105,7 +107,10 @@ class Contestant:
         return self._peak_live_bytes(prompts)
 
     def _peak_live_bytes(self, prompts: list[list[int]]) -> int:
-        """Live tensors are counted when an LM head has just run, now and then and so near the end too."""
+        """Live tensors are counted when an LM head has just run, now and then and so near the end too.
+
+        What is compiled runs as it is written: no one can look into it, and the hook would have it compiled anew.
+        """
         gc.collect()
         peak, calls = 0, itertools.count(1)
         every = max(1, self.config.max_steps // MEMORY_LOOKS)
@@ -117,7 +122,8 @@ class Contestant:
 
         handle = self.generator.model.lm_head.register_forward_hook(look)
         try:
-            self.run(prompts)
+            with torch.compiler.set_stance("force_eager"):
+                self.run(prompts)
         finally:
             handle.remove()
         return peak

@@ -22,7 +22,7 @@ from transformers import (
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
 from self_speculation.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
-from self_speculation.rivals import HuggingfaceEarlyExitGenerator, HuggingfaceGenerator
+from self_speculation.rivals import HuggingfaceEarlyExitGenerator, HuggingfaceGenerator, HuggingfaceStaticGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"
@@ -39,6 +39,7 @@ STRATEGIES: dict[str, type[GenerationStrategy]] = {
     "self_speculative": SelfSpeculativeGenerator,
     "hf_generate": HuggingfaceGenerator,
     "hf_early_exit": HuggingfaceEarlyExitGenerator,
+    "hf_static": HuggingfaceStaticGenerator,
 }
 
 

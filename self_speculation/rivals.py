@@ -10,16 +10,17 @@ Shapes: B batch, T positions of this call.
 import copy
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from self_speculation.fused_layers import fuse
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -111,6 +112,35 @@ class HuggingfaceEarlyExitGenerator(HuggingfaceGenerator):
     def watcher(self, prompt_length: int) -> "DeliveryWatcher":
         """One that sees the drafts too."""
         return DraftWatcher(prompt_length)
+
+
+class HuggingfaceStaticGenerator(HuggingfaceGenerator):
+    """transformers' `generate(cache_implementation="static")`, whose steps it compiles; prefill runs as it is.
+
+    A step is compiled anew for another batch size, and for a longer cache than any before: prompt and `max_steps` of
+    the longest answer so far. A whole answer to the longest prompt, first, leaves nothing to compile later.
+
+    Args:
+        backend: torch.compile's.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
+        super().__init__(model)
+        self.compile_config = CompileConfig(backend=backend, mode="reduce-overhead" if _is_on_gpu(model) else "default")
+        # Without it transformers compiles for accelerators only.
+        self.compile_config._compile_all_devices = True
+        # What `generate` leaves on the model for its next call: the compiled step, and its cache's length.
+        self.left: dict[str, Any] = {}
+
+    def options(self, config: GenerationConfig) -> dict[str, Any]:
+        """The cache, and how to compile."""
+        return {"cache_implementation": "static", "compile_config": self.compile_config}
+
+    def _generate(self, request: GenerationRequest, max_new: int) -> list["Delivery"]:
+        # Our strategies would do it later, and move the weights that the compiled step knows.
+        fuse(self.model)
+        with _attributes(self.model, self.left):
+            return super()._generate(request, max_new)
 
 
 @dataclass
@@ -243,6 +273,22 @@ def _left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]
         prompts_BT[row, length - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, length - len(prompt) :] = 1
     return prompts_BT, mask_BT
+
+
+@contextmanager
+def _attributes(model: LlamaForCausalLM, left: dict[str, Any]) -> Iterator[None]:
+    """What `generate` left on the model is there, and afterwards taken off again and kept in `left`."""
+    own = set(vars(model))
+    vars(model).update(left)
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - own:
+            left[name] = vars(model).pop(name)
+
+
+def _is_on_gpu(model: LlamaForCausalLM) -> bool:
+    return model.device.type == "cuda"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.benchmarking import Contestant
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -23,7 +25,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
     RowStep,
 )
-from self_speculation.rivals import HuggingfaceEarlyExitGenerator, HuggingfaceGenerator
+from self_speculation.rivals import HuggingfaceEarlyExitGenerator, HuggingfaceGenerator, HuggingfaceStaticGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 from self_speculation.stopping import StopReason, StopRule
 
@@ -208,6 +210,92 @@ def test_processors_do_not_see_padding(has_own: bool, model: LlamaForCausalLM) -
     given = {"processors": (Clock(),)} if has_own else {"no_repeat_ngram_size": 2}
     with pytest.raises(ValueError, match="need --batch_size 1"):
         by_row(HuggingfaceGenerator(model), batch_of([PROMPT, PROMPT], **given))
+
+
+# Compiled
+
+
+Backend = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
+
+
+def noting(graphs: list[GraphModule]) -> Backend:
+    """A backend of torch.compile that notes the graphs it is given, and runs them as they are."""
+
+    def compile_graph(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    return compile_graph
+
+
+@pytest.fixture
+def small_model(make_model: Callable[..., LlamaForCausalLM]) -> Iterator[LlamaForCausalLM]:
+    """One layer, and nothing that torch has compiled before or keeps afterwards."""
+    torch.compiler.reset()
+    yield make_model(num_hidden_layers=1)
+    torch.compiler.reset()
+
+
+def state_of(model: LlamaForCausalLM) -> dict[str, object]:
+    """What could be left on a model, without what fuses it."""
+    return vars(model) | {"generation": model.generation_config.to_dict(), "config": model.config.to_dict()}
+
+
+def test_a_static_cache_s_step_is_compiled_once(small_model: LlamaForCausalLM) -> None:
+    """For the longest prompt; shorter ones, stops and processors take the same step, and the model keeps nothing."""
+    graphs, own = [], state_of(small_model)
+    static = HuggingfaceStaticGenerator(small_model, noting(graphs))
+    requests = [make_request(PROMPT), make_request(PROMPT[:3]), make_request(PROMPT, no_repeat_ngram_size=2)]
+    plain = HuggingfaceGenerator(small_model)
+    requests.append(make_request([5], stop_token_ids=[tokens_of(rows_of(plain, make_request([5])))[4]]))
+    requests.append(make_request(PROMPT, max_steps=1))
+    for request in requests:
+        assert rows_of(static, request) == rows_of(plain, request)
+        assert state_of(small_model) == own
+    assert len(graphs) == 1
+
+
+def test_an_interrupted_static_cache_leaves_the_model_as_it_was(small_model: LlamaForCausalLM) -> None:
+    graphs, own = [], state_of(small_model)
+    static = HuggingfaceStaticGenerator(small_model, noting(graphs))
+    request = make_request(PROMPT)
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(static, replace(request, logits_processors=LogitsProcessorList([Interruption(small_model)])))
+    assert state_of(small_model) == own
+    assert rows_of(static, request) == rows_of(AutoregressiveGenerator(small_model), request)
+    assert len(graphs) == 1
+
+
+def test_what_is_compiled_is_compiled_in_the_warm_up(
+    small_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """And looking at the memory compiles nothing."""
+    graphs: list[GraphModule] = []
+    generator = HuggingfaceLlamaGenerator(tokenizer, HuggingfaceStaticGenerator(small_model, noting(graphs)))
+    contestant = Contestant(generator, GenerationConfig(max_steps=40, sample=False, generation_strategy="hf_static"))
+    prompts = [PROMPT, *OTHER_PROMPTS]
+    contestant.warm_up([max(prompts, key=len)] * len(prompts))
+    assert len(graphs) == 1
+    contestant.peak_bytes(prompts)
+    answers = contestant.run(prompts)
+    assert len(graphs) == 1
+    ours = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(small_model))
+    expected = ours.generate(prompts, contestant.config)
+    assert [answer.tokens for answer in answers] == [result.tokens for result in expected]
+
+
+@pytest.mark.slow
+def test_a_static_cache_compiled_by_inductor(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    """Alone and in ragged batches of two sizes, the same answers in float64."""
+    torch.compiler.reset()
+    model = make_model(num_hidden_layers=2)
+    static = HuggingfaceStaticGenerator(model)
+    prompts = [PROMPT, *OTHER_PROMPTS]
+    for batch in (prompts, *([prompt] for prompt in prompts), prompts[::-1]):
+        found = by_row(static, batch_of(batch, max_steps=24))
+        assert found == by_row(HuggingfaceGenerator(model), batch_of(batch, max_steps=24))
+        assert [len(tokens_of(row)) for row in found] == [24] * len(batch)
+    torch.compiler.reset()
 
 
 # The clock
