@@ -36,6 +36,7 @@ from self_speculation.benchmarking import (
     Round,
     WeightBytes,
     bandwidth_share,
+    ideal_speedup,
     interleaved,
     speedup,
     totals,
@@ -44,7 +45,11 @@ from self_speculation.code_execution import completion, network_isolation, pass_
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.hardware import last_level_cache_bytes, memory_bandwidth, surroundings
 from self_speculation.loading import STRATEGIES, ModelArguments, fill_in, load, recommendation
+from self_speculation.prediction import measure_passes
 from self_speculation.run_log import RunLog
+
+# More than the default: the share of the ideal speed-up is no better than the passes' times.
+PASS_ROUNDS = 9
 
 
 @dataclass
@@ -187,6 +192,24 @@ class Benchmark:
         largest = max(map(self.prompts_of, self.batches), key=lambda prompts: len(prompts) * max(map(len, prompts)))
         return {name: contestant.peak_bytes(largest) for name, contestant in self.contestants.items()}
 
+    def ideal_speedup(self, rounds: dict[str, list[Round]]) -> float | None:
+        """What the drafts' acceptance and the passes' costs allow, timed here and now; None without both strategies.
+
+        The passes are timed in the middle of the answers to the batch that is the middle one by its prompts' sizes.
+        """
+        if not {"autoregressive", "self_speculative"} <= rounds.keys():
+            return None
+        contestant = self.contestants["self_speculative"]
+        generator, config = contestant.generator, contestant.config
+        batch = sorted(self.batches, key=lambda batch: sum(map(len, self.prompts_of(batch))))[len(self.batches) // 2]
+        answers = [rounds["autoregressive"][0].measurements[sample].tokens for sample in batch]
+        halves = [answer[: len(answer) // 2] for answer in answers]
+        prompts = [prompt + half for prompt, half in zip(self.prompts_of(batch), halves, strict=True)]
+        num_layers, cell = generator.model.config.num_hidden_layers, (config.exit_layer, config.num_speculations)
+        request = generator.request(prompts, config)
+        costs = measure_passes(generator.model, request, [cell, (num_layers, 0)], PASS_ROUNDS)
+        return ideal_speedup(rounds["self_speculative"], rounds["autoregressive"], costs, cell, num_layers)
+
     def _append(self, repeat: int, sample: int, answers: dict[str, Measurement]) -> None:
         self.log.append(
             {
@@ -322,6 +345,10 @@ def results(benchmark: Benchmark, ceiling: Ceiling, arguments: BenchmarkArgument
         figures[name] |= {"speedup_over": baseline} | speedup(own, rounds[baseline])
         figures[name] |= {"exit_layer": config.exit_layer, "num_speculations": config.num_speculations}
         figures[name] |= text_figures([m.text for m in own[0].measurements], benchmark.examples, arguments)
+    ideal = benchmark.ideal_speedup(rounds)
+    if ideal:
+        share = figures["self_speculative"]["decode_speedup"] / ideal
+        figures["self_speculative"] |= {"ideal_decode_speedup": ideal, "share_of_ideal": share}
     return figures
 
 
@@ -358,7 +385,12 @@ def report(figures: dict[str, dict[str, Any]], console: Console) -> None:
     """The tables: speed, costs, and text where it was scored; and acceptance by draft position."""
     baseline = next(iter(figures.values()))["speedup_over"]
     console.print(table(figures, SPEED_COLUMNS))
-    console.print(f"Speed-up: tokens/s over {baseline}'s, end to end; over the rounds, the median (least–greatest).\n")
+    console.print(f"Speed-up: tokens/s over {baseline}'s, end to end; over the rounds, the median (least–greatest).")
+    for values in figures.values():
+        if "share_of_ideal" in values:
+            sentence = "Ideal: with these drafts accepted, and nothing taking time but the passes, decoding would be"
+            console.print(f"{sentence} {values['ideal_decode_speedup']:.2f} times as fast as autoregressive decoding.")
+    console.print()
     console.print(table(figures, COST_COLUMNS))
     console.print(table(figures, TEXT_COLUMNS))
     for name, values in figures.items():
@@ -409,8 +441,9 @@ COST_COLUMNS = {
     "first token\nms": _column("mean_first_token_seconds", "{:.1f}", 1e3),
     "ms/token": _column("decode_seconds_per_token", "{:.2f}", 1e3),
     "answer\nms": _column("mean_batch_seconds", "{:.0f}", 1e3),
-    "peak memory\nMB": _column("peak_memory_bytes", "{:.1f}", 1e-6),
+    "peak\nMB": _column("peak_memory_bytes", "{:.1f}", 1e-6),
     "share of\nbandwidth": _column("bandwidth_share", "{:.1%}"),
+    "share of\nideal": _column("share_of_ideal", "{:.0%}"),
 }
 TEXT_COLUMNS = {
     "rouge1": _column("rouge1", "{:.3f}"),

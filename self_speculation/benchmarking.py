@@ -27,6 +27,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.hardware import live_tensor_bytes
 from self_speculation.loading import make_strategy
+from self_speculation.prediction import PassCosts
 from self_speculation.rivals import HuggingfaceStaticGenerator
 
 WARM_UP_TOKENS = 32
@@ -339,3 +340,29 @@ def bandwidth_share(rounds: list[Round], config: GenerationConfig, weights: Weig
         for one in rounds
     ]
     return statistics.median(shares)
+
+
+def ideal_speedup(
+    rounds: list[Round], baseline: list[Round], costs: PassCosts, cell: tuple[int, int], num_layers: int
+) -> float:
+    """What self-speculative decoding at an (E, d) could reach over autoregressive decoding, were there only passes.
+
+    For one prompt and drafts that are all d long it is
+
+        S_ideal = tokens per step · t_AR / (d · t_draft + t_verify)
+
+    where t_draft is a pass of layers [0, E) and the head, t_verify one of layers [0, E) over the last draft and one
+    of layers [E, L) and the head over d+1 tokens, and t_AR one of all layers and the head over one token. Here the
+    steps and drafts are those that were counted after the first delivery, of both strategies, so that drafts shorter
+    than d, at an answer's end, and rows of a batch that wait for others are part of the ideal. What is not: the host's
+    work between passes, and whatever a pass costs more in decoding than when it is timed by itself.
+
+    Passes are timed with all rows of a batch, and E = L, d = 0 stands for the autoregressive step. 0 without tokens
+    after the first delivery.
+    """
+
+    def rate(one: Round, own_cell: tuple[int, int]) -> float:
+        steps, drafts = one.batch_total(lambda b: b.steps), one.batch_total(lambda b: b.drafting_passes)
+        return ratio(one.batch_total(lambda b: b.decode_tokens), costs.seconds(own_cell, steps, drafts))
+
+    return ratio(rate(rounds[0], cell), rate(baseline[0], (num_layers, 0)))

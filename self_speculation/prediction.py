@@ -43,7 +43,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class PassCosts:
-    """Median seconds of single passes at batch 1: by exit layer, and by exit layer and draft length."""
+    """Median seconds of single passes of a batch: by exit layer, and by exit layer and draft length."""
 
     early: dict[int, float]
     head: float
@@ -118,15 +118,17 @@ def acceptance_chances(
 
 
 @torch.inference_mode()
-def measure_passes(model: LlamaForCausalLM, request: GenerationRequest, cells: list[tuple[int, int]]) -> PassCosts:
-    """Time every pass of every (E, d) after the request's prompt, interleaved."""
+def measure_passes(
+    model: LlamaForCausalLM, request: GenerationRequest, cells: list[tuple[int, int]], rounds: int = ROUNDS
+) -> PassCosts:
+    """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
     longest = max(num_speculations for _, num_speculations in cells)
     decoding = Decoding(model, request, longest)
     prefill(model, decoding.state, model.config.num_hidden_layers)
-    decoding.state.cache.see(len(request.prompts[0]) + longest)
+    decoding.state.cache.see(max(map(len, request.prompts)) + longest)
     passes = _passes(model, decoding.state, cells)
     seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
-    for _ in tqdm(range(ROUNDS), desc="Timing passes", unit="round"):
+    for _ in tqdm(range(rounds), desc="Timing passes", unit="round"):
         for key, run in passes.items():
             start = time.perf_counter()
             for _ in range(CALLS):

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.acceptance import step_counts
 from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.cache import PositionAddressedCache
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationResult,
@@ -340,6 +341,25 @@ def test_a_pass_costs_the_median_of_its_rounds(
     monkeypatch.setattr("self_speculation.prediction.time", clock)
     assert measure_passes(agreeing_model, request_of_passes, [(2, 3)]) == PassCosts({2: 20}, 10, {(2, 3): 40})
     assert list(readings) == []
+
+
+def test_passes_of_a_ragged_batch_see_their_longest_row(
+    generator: Generator, agreeing_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its drafts, whatever the first row's length."""
+    seen: list[int] = []
+    see = PositionAddressedCache.see
+
+    def noted(self: PositionAddressedCache, length: int, is_prefill: bool = False) -> None:
+        seen.append(length)
+        see(self, length, is_prefill)
+
+    monkeypatch.setattr(PositionAddressedCache, "see", noted)
+    request = generator(AutoregressiveGenerator).request([PROMPTS[1], PROMPTS[0] * 5, PROMPTS[2]], greedy())
+    costs = measure_passes(agreeing_model, request, [(2, 3), (LAYERS, 0)], rounds=1)
+    longest = len(request.prompts[1])
+    assert seen == [longest - 1, longest + 3]
+    assert costs.verification.keys() == {(2, 3), (LAYERS, 0)}
 
 
 def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausalLM, request_of_passes: object) -> None:

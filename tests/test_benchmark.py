@@ -28,13 +28,15 @@ from self_speculation.benchmarking import (
     WeightBytes,
     acceptance_by_position,
     bandwidth_share,
+    ideal_speedup,
     interleaved,
     speedup,
     totals,
 )
-from self_speculation.generator_base import GenerationConfig, GenerationResult, RowStep
+from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationResult, RowStep
 from self_speculation.hardware import live_tensor_bytes
 from self_speculation.loading import BUNDLED_CHECKPOINT
+from self_speculation.prediction import PassCosts
 from self_speculation.stopping import StopReason
 
 ROOT = Path(__file__).parents[1]
@@ -293,6 +295,32 @@ def test_weight_bytes_of_the_model(model: LlamaForCausalLM) -> None:
     assert weights.all == sum(weight.nbytes for weight in model.parameters()) - 8 * 9600
 
 
+# The ideal
+
+# Layers [0, 2) take 2, all 6 take 6; the head 1, with its verification of d drafts a bit more.
+COSTS = PassCosts(early={2: 2.0, 6: 6.0}, head=1.0, verification={(2, 3): 5.5, (6, 0): 1.25})
+
+
+def test_ideal_speedup_by_the_formula() -> None:
+    """Every draft is 3 long: S = tokens per step · t_AR / (d · t_draft + t_verify)."""
+    tokens_per_step = 4
+    expected = tokens_per_step * (6 + 1.25) / (3 * (2 + 1) + (2 + 5.5))
+    assert ideal_speedup([Round([LONG])], [Round([PLAIN])], COSTS, (2, 3), 6) == pytest.approx(expected)
+
+
+def test_ideal_speedup_of_a_batch() -> None:
+    """Rows share passes: the batch has the steps and drafts of its longest row, and everyone's tokens."""
+    ours = Round([LONG, measured([3, 3], [1, 1], [2, 2], (0, 1, 1))], batch_size=2)
+    plain = Round([measured([0] * 9, [0] * 9, [1] * 9, (0, 1, 1)), PLAIN], batch_size=2)
+    seconds = (2 + 6) * 2.0 + 6 * 1.0 + 2 * 5.5
+    expected = ((8 + 2) / seconds) / ((8 + 3) / (8 * (6 + 1.25)))
+    assert ideal_speedup([ours], [plain], COSTS, (2, 3), 6) == pytest.approx(expected)
+
+
+def test_no_tokens_have_no_ideal() -> None:
+    assert ideal_speedup([Round([NOTHING])], [Round([NOTHING])], COSTS, (2, 3), 6) == 0
+
+
 # Contestants
 
 
@@ -433,6 +461,40 @@ def test_all_strategies(run_benchmark: Callable[..., dict[str, Any]], tmp_path: 
         assert line["strategies"]["early_exit"]["tokens"] != line["strategies"]["autoregressive"]["tokens"]
     drafts = [{key: figures[name][key] for key in COUNTS} for name in ("self_speculative", "hf_early_exit")]
     assert drafts[0] == drafts[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_share_of_the_ideal(
+    batch_size: int,
+    run_benchmark: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Passes are timed for a batch of answers half done; in the middle of four prompts' sizes."""
+    asked: list[tuple[list[int], object]] = []
+
+    def measure(model: LlamaForCausalLM, request: GenerationRequest, cells: object, rounds: int) -> PassCosts:
+        asked.append((list(map(len, request.prompts)), cells))
+        return PassCosts({2: 1.0, 6: 3.0}, 1.0, {(2, 3): 4.0, (6, 0): 1.0})
+
+    monkeypatch.setattr(benchmark, "measure_passes", measure)
+    flags = ["--random_shuffle", "False", "--num_speculations", 3, "--batch_size", batch_size]
+    figures = run_benchmark("--generation_strategy", "autoregressive", "early_exit", "self_speculative", *flags)
+    lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")
+    halves = [line["prompt_tokens"] + 4 for line in lines]
+    assert asked == [(halves[2:3] if batch_size == 1 else halves[:3], [(2, 3), (6, 0)])]
+    own = figures["self_speculative"]
+    assert own["share_of_ideal"] == pytest.approx(own["decode_speedup"] / own["ideal_decode_speedup"], rel=1e-5)
+    answers = [line["strategies"]["self_speculative"] for line in lines]
+    if batch_size == 1:
+        steps = sum(len(answer["committed"]) - 1 for answer in answers)
+        drafts = sum(sum(answer["drafted"][1:]) for answer in answers)
+        tokens = sum(sum(answer["committed"][1:]) for answer in answers)
+        ideal = tokens / ((steps + drafts) * 1 + drafts * 1 + steps * 4) * (3 + 1)
+        assert own["ideal_decode_speedup"] == pytest.approx(ideal, rel=1e-5)
+    assert not any("share_of_ideal" in figures[name] for name in ("autoregressive", "early_exit"))
+    assert "share_of_ideal" not in run_benchmark("--generation_strategy", "self_speculative")["self_speculative"]
+    assert len(asked) == 1
 
 
 def test_batches(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
