@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator
-from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
+from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 
 MOST_TIES = 0.01
@@ -91,34 +91,39 @@ class EquivalenceCheck:
                 self.config, exit_layer=cell.exit_layer, num_speculations=cell.num_speculations
             )
             for row, actual in enumerate(self.candidate.generate(encoded, config)):
-                self._judge(cell, self.num_samples + row, encoded[row], (expected[row], actual))
+                cell.num_samples += 1
+                cell.drafted += actual.drafted
+                cell.accepted += actual.accepted
+                difference = compare(
+                    self.model, self.num_samples + row, encoded[row], expected[row].tokens, actual.tokens
+                )
+                cell.differences += [difference] if difference else []
             yield cell
         self.num_samples += len(prompts)
 
-    def _judge(
-        self, cell: Cell, sample: int, prompt: list[int], results: tuple[GenerationResult, GenerationResult]
-    ) -> None:
-        expected, actual = results
-        cell.num_samples += 1
-        cell.drafted += actual.drafted
-        cell.accepted += actual.accepted
-        position = first_difference(expected.tokens, actual.tokens)
-        if position is not None:
-            answers = (expected.tokens, actual.tokens)
-            tokens = [answer[position] if position < len(answer) else None for answer in answers]
-            margin, tolerance = self._margin(prompt + expected.tokens[:position], tokens)
-            cell.differences.append(Difference(sample, position, *tokens, margin, tolerance))
 
-    @torch.inference_mode()
-    def _margin(self, tokens: list[int], pair: list[int | None]) -> tuple[float, float] | tuple[None, None]:
-        """|difference of the two tokens' logits| after `tokens`, in float32, and what counts as a tie."""
-        if None in pair:
-            return None, None
-        dtype = self.model.dtype
-        model = self.model if dtype in (torch.float32, torch.float64) else copy.deepcopy(self.model).float()
-        logits_V = model(torch.tensor([tokens], device=model.device)).logits[0, -1]
-        margin = (logits_V[pair[0]] - logits_V[pair[1]]).abs()
-        return margin.item(), (4 * torch.finfo(dtype).eps * logits_V.abs().max()).item()
+def compare(
+    model: LlamaForCausalLM, sample: int, prompt: list[int], expected: list[int], actual: list[int]
+) -> Difference | None:
+    """Where a greedy answer to a sample's prompt first differs from the one expected; None if it does not."""
+    position = first_difference(expected, actual)
+    if position is None:
+        return None
+    tokens = [answer[position] if position < len(answer) else None for answer in (expected, actual)]
+    return Difference(sample, position, *tokens, *logit_margin(model, prompt + expected[:position], tokens))
+
+
+@torch.inference_mode()
+def logit_margin(
+    model: LlamaForCausalLM, tokens: list[int], pair: list[int | None]
+) -> tuple[float, float] | tuple[None, None]:
+    """|difference of the two tokens' logits| after `tokens`, in float32, and what counts as a tie."""
+    if None in pair:
+        return None, None
+    exact = model if model.dtype in (torch.float32, torch.float64) else copy.deepcopy(model).float()
+    logits_V = exact(torch.tensor([tokens], device=model.device)).logits[0, -1]
+    margin = (logits_V[pair[0]] - logits_V[pair[1]]).abs()
+    return margin.item(), (4 * torch.finfo(model.dtype).eps * logits_V.abs().max()).item()
 
 
 def first_difference(expected: list[int], actual: list[int]) -> int | None:

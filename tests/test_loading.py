@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
-from self_speculation.equivalence import Cell, Difference, EquivalenceCheck, first_difference
+from self_speculation.equivalence import Cell, Difference, compare, first_difference, logit_margin
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import (
     ModelArguments,
@@ -106,13 +106,18 @@ def test_ties_and_failures() -> None:
     assert not Cell(1, 1, num_samples=1000, differences=[end]).is_correct
 
 
-def test_the_margin_is_that_of_the_two_logits_in_float32(
-    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_margin_is_that_of_the_two_logits_in_float32(make_model: Callable[..., LlamaForCausalLM]) -> None:
     model = make_model().to(torch.bfloat16)
-    check = EquivalenceCheck(model, tokenizer, GenerationConfig(sample=False), [Cell(2, 2)])
-    margin, tolerance = check._margin([0, 5, 9], [3, 4])
+    margin, tolerance = logit_margin(model, [0, 5, 9], [3, 4])
     logits = model.float()(torch.tensor([[0, 5, 9]])).logits[0, -1]
     assert margin == pytest.approx((logits[3] - logits[4]).abs().item())
     assert tolerance == pytest.approx(4 * 2**-7 * logits.abs().max().item())
-    assert check._margin([0, 5, 9], [3, None]) == (None, None)
+    assert logit_margin(model, [0, 5, 9], [3, None]) == (None, None)
+
+
+def test_answers_are_compared_at_their_first_difference(model: LlamaForCausalLM) -> None:
+    """By the logits after the prompt and what is common to both."""
+    margin, tolerance = logit_margin(model, [0, 5, 9, 7], [3, 4])
+    assert compare(model, 6, [0, 5, 9], [7, 3, 2], [7, 4]) == Difference(6, 1, 3, 4, margin, tolerance)
+    assert compare(model, 6, [0, 5, 9], [7, 3], [7]) == Difference(6, 1, 3, None, None, None)
+    assert compare(model, 6, [0, 5, 9], [7, 3], [7, 3]) is None
