@@ -25,10 +25,12 @@ RANKS = (
     "evaluation",
     "evaluation_report",
     "arguments data",
-    "generate correctness train benchmark eval sweep",
+    "generate correctness train benchmark eval sweep exit_scores batch_sizes",
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
-SOURCES = sorted([*ROOT.glob("*.py"), *(path for path in ROOT.glob(f"{PACKAGE}/*.py") if path.stem != "__init__")])
+SOURCES = sorted(
+    path for folder in ("", PACKAGE, "benchmarks") for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"
+)
 # What only reading data and evaluating need.
 OPTIONAL = {"datasets", "lm_eval"}
 EVALUATING = {"lm_eval_adapter", "evaluation", "evaluation_report"}

@@ -1,0 +1,288 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""What do batches gain, and what do they cost? Throughput and latency over batch sizes, with and without drafts.
+
+python benchmarks/batch_sizes.py --dtype float32 --max_steps 64 --repeats 3 --batch_sizes 1 2 4 8 16 32
+
+Every batch size answers the same prompts, greedily, by autoregressive and by self-speculative decoding, interleaved in
+one process. Throughput is a batch's new tokens over its seconds. Latency is what a row waits: the seconds that its
+batch takes after the first tokens, over the row's own tokens after them; a row that ends early waits for the others.
+
+Writes OUTPUT_DIR/batch_sizes.csv, .png and .json. Every text is compared with the one that its prompt gets alone; the
+exit code is 1 if one differs by more than a tie, or more than 1 % differ by ties.
+"""
+
+import csv
+import dataclasses
+import itertools
+import math
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import transformers
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from arguments import OutputArguments, one_sentence_errors, parse
+from data import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.benchmarking import Contestant, Round, interleaved, ratio, totals
+from self_speculation.equivalence import Cell, compare
+from self_speculation.generator_base import GenerationConfig, check_exit_layer
+from self_speculation.hardware import surroundings
+from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, recommendation
+from self_speculation.run_log import RunLog
+
+STRATEGIES = ("autoregressive", "self_speculative")
+# The batch whose throughput over batch 1's is told at the end, if it was measured.
+TOLD = 8
+COLUMNS = (
+    "strategy",
+    "batch_size",
+    "tokens_per_second",
+    "tokens_per_second_least",
+    "tokens_per_second_greatest",
+    "over_batch_1",
+    "decode_tokens_per_second",
+    "decode_seconds_per_token",
+    "decode_seconds_per_token_least",
+    "decode_seconds_per_token_greatest",
+    "mean_batch_seconds",
+    "acceptance_rate",
+    "tokens_per_step",
+    "samples",
+    "ties",
+    "failures",
+)
+Batched = dict[tuple[str, int], list[Round]]
+
+
+@dataclass
+class BatchSizesArguments:
+    """Which batch sizes, and how often."""
+
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32],
+        metadata={
+            "help": "Prompts answered together; 1 is always measured. All sizes answer the same prompts, as many as "
+            "every size divides: the first of the data's, again from the first where there are too few."
+        },
+    )
+    repeats: int = field(default=3, metadata={"help": "Rounds; figures are medians over them."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_sizes", min(self.batch_sizes)), ("repeats", self.repeats)):
+            if least < 1:
+                raise ValueError(f"--{name} must be at least 1, not {least}.")
+        self.batch_sizes = sorted({1, *self.batch_sizes})
+
+
+@dataclass
+class BatchSizesConfig(GenerationConfig):
+    """Greedy decoding, by both strategies."""
+
+    max_steps: int = field(default=64, metadata={"help": "Most new tokens."})
+    sample: bool = field(default=False, metadata={"help": "Must be False: ties are judged by the greatest logits."})
+    generation_strategy: str = field(
+        default="self_speculative", metadata={"help": "Accepted, and always autoregressive and self_speculative."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample:
+            raise ValueError("--sample must be False: whether sampled texts differ by a tie cannot be judged.")
+        if self.max_steps < 2:
+            raise ValueError(f"--max_steps must be at least 2, not {self.max_steps}: the first token is the prefill's.")
+
+
+@one_sentence_errors()
+def main() -> None:
+    arguments, model_arguments, dataset, config, output = groups = parse(
+        BatchSizesArguments, ModelArguments, DatasetArguments, BatchSizesConfig, OutputArguments
+    )
+    transformers.utils.logging.set_verbosity_error()
+    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    examples = read_examples(dataset, config.seed)
+    model, tokenizer = load(model_arguments)
+    contestants = make_contestants(
+        model, tokenizer, config, recommendation(model_arguments.model, len(model.model.layers))
+    )
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
+    encode = contestants["autoregressive"].generator.encode
+    prompts = whole_batches([encode(example.prompt) for example in examples], arguments.batch_sizes)
+    log = RunLog(Path(output.output_dir), "batch_sizes")
+    log.begin(settings, resume=False)
+    rounds = measure(contestants, prompts, arguments, log)
+    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
+    texts = {key: compared(contestants[key[0]], prompts, rounds, key) for key in rounds}
+    rows = [figures(rounds, key, texts[key]) for key in rounds]
+    log.write({"arguments": settings, "surroundings": surrounding, "cells": rows})
+    save_csv(rows, log.folder / "batch_sizes.csv")
+    save_picture(rows, contestants["self_speculative"].config, log.folder / "batch_sizes.png")
+    Console(highlight=False).print(table(rows))
+    print(verdict(rounds, list(texts.values())))
+    if not all(cell.is_correct for cell in texts.values()):
+        raise SystemExit(1)
+
+
+def make_contestants(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, advice: Recommendation
+) -> dict[str, Contestant]:
+    """Both strategies; the exit layer and draft length are those that were given, or else recommended."""
+    own = fill_in(config.generation(generation_strategy="self_speculative"), advice)
+    check_exit_layer(own.exit_layer, model)
+    plain = dataclasses.replace(own, generation_strategy="autoregressive", exit_layer=None, num_speculations=None)
+    return {one.generation_strategy: Contestant.of(model, tokenizer, one) for one in (plain, own)}
+
+
+def whole_batches(prompts: list[list[int]], batch_sizes: list[int]) -> list[list[int]]:
+    """As many prompts as every batch size divides: the first ones, or all again and again."""
+    unit = math.lcm(*batch_sizes)
+    return list(itertools.islice(itertools.cycle(prompts), unit * max(1, len(prompts) // unit)))
+
+
+def measure(
+    contestants: dict[str, Contestant], prompts: list[list[int]], arguments: BatchSizesArguments, log: RunLog
+) -> Batched:
+    """Each strategy's rounds at each batch size; which size begins, and which strategy, changes from turn to turn."""
+    sizes = arguments.batch_sizes
+    for contestant, size in itertools.product(contestants.values(), sizes):
+        contestant.warm_up([max(prompts, key=len)] * size)
+    rounds: Batched = {key: [] for key in itertools.product(contestants, sizes)}
+    turns = [
+        (repeat, sizes[(repeat + place) % len(sizes)])
+        for repeat in range(arguments.repeats)
+        for place in range(len(sizes))
+    ]
+    for repeat, size in tqdm(turns, desc="Measuring", unit="batch size"):
+        found = {name: Round(batch_size=size) for name in contestants}
+        for turn, start in enumerate(range(0, len(prompts), size), repeat):
+            for name, answers in interleaved(contestants, prompts[start : start + size], turn).items():
+                found[name].measurements += answers
+        for name, one in found.items():
+            rounds[name, size].append(one)
+            log.append({"repeat": repeat, "strategy": name, "batch_size": size} | one.times)
+    return rounds
+
+
+def compared(contestant: Contestant, prompts: list[list[int]], rounds: Batched, key: tuple[str, int]) -> Cell:
+    """Every answer of every round against the strategy's answer to the prompt alone."""
+    alone, model, config = rounds[key[0], 1][0].measurements, contestant.generator.model, contestant.config
+    cell = Cell(config.exit_layer or len(model.model.layers), config.num_speculations or 0)
+    for one in rounds[key]:
+        for sample, (prompt, expected, actual) in enumerate(zip(prompts, alone, one.measurements, strict=True)):
+            difference = compare(model, sample, prompt, expected.tokens, actual.tokens)
+            cell.num_samples += 1
+            cell.differences += [difference] if difference else []
+    return cell
+
+
+def gains(rounds: Batched, key: tuple[str, int]) -> list[float]:
+    """A batch size's throughput over batch 1's of the same strategy, round by round."""
+    pairs = zip(rounds[key], rounds[key[0], 1], strict=True)
+    return [ratio(one.tokens_per_second, alone.tokens_per_second) for one, alone in pairs]
+
+
+def figures(rounds: Batched, key: tuple[str, int], texts: Cell) -> dict[str, Any]:
+    """A row of the table: medians over the rounds, their least and greatest, and how many texts differ."""
+    values = totals(rounds[key])
+    for name in ("tokens_per_second", "decode_seconds_per_token"):
+        values[f"{name}_least"], values[f"{name}_greatest"] = values[f"{name}_spread"]
+    values |= {"strategy": key[0], "batch_size": key[1], "over_batch_1": statistics.median(gains(rounds, key))}
+    values |= {"samples": texts.num_samples, "ties": texts.num_ties, "failures": texts.num_failures}
+    return {name: values[name] for name in COLUMNS}
+
+
+def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """A line for each strategy and batch size."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_picture(rows: list[dict[str, Any]], config: GenerationConfig, path: Path) -> None:
+    """Throughput and latency over the batch size: medians, in a band from the least to the greatest."""
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    throughput, latency = figure.subplots(1, 2)
+    labels = ("autoregressive", f"self_speculative, E = {config.exit_layer}, d = {config.num_speculations}")
+    for strategy, label in zip(STRATEGIES, labels, strict=True):
+        own = [row for row in rows if row["strategy"] == strategy]
+        draw(throughput, own, "tokens_per_second", 1, label)
+        draw(latency, own, "decode_seconds_per_token", 1e3, label)
+    throughput.set(title="Throughput: all rows together", ylabel="tokens/s, prompts included")
+    latency.set(title="Latency: what a row waits", ylabel="ms per token of a row, after the first")
+    throughput.legend()
+    figure.savefig(path, dpi=130)
+
+
+def draw(axes: Axes, rows: list[dict[str, Any]], name: str, factor: float, label: str) -> None:
+    """A figure of one strategy as a line in its band."""
+    sizes = [row["batch_size"] for row in rows]
+    middle, least, most = ([row[name + end] * factor for row in rows] for end in ("", "_least", "_greatest"))
+    [line] = axes.plot(sizes, middle, marker="o", label=label)
+    axes.fill_between(sizes, least, most, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("batch size")
+    axes.grid(alpha=0.3)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """A row for each strategy and batch size."""
+    heads = (
+        "batch",
+        "tokens/s",
+        "over\nbatch 1",
+        "decode\ntokens/s",
+        "ms/token\nof a row",
+        "s/batch",
+        "accepted",
+        "texts as\nalone",
+    )
+    result = Table("strategy", box=SIMPLE_HEAD, padding=0)
+    for head in heads:
+        result.add_column(head, justify="right")
+    for row in rows:
+        accepted, differing = row["acceptance_rate"], row["ties"] + row["failures"]
+        result.add_row(
+            row["strategy"],
+            str(row["batch_size"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['over_batch_1']:.2f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['decode_seconds_per_token'] * 1e3:.2f}",
+            f"{row['mean_batch_seconds']:.2f}",
+            "–" if accepted is None else f"{accepted:.1%}",
+            "all" if not differing else f"all but {differing}",
+        )
+    return result
+
+
+def verdict(rounds: Batched, texts: list[Cell]) -> str:
+    """The gain of a batch of eight (or the largest measured), and whether texts are the same in a batch as alone."""
+    sizes = {size for _, size in rounds}
+    told = TOLD if TOLD in sizes else max(sizes)
+    ratios = {name: gains(rounds, (name, told)) for name in STRATEGIES}
+    parts = [f"{name} {statistics.median(own):.2f} ({min(own):.2f}–{max(own):.2f})" for name, own in ratios.items()]
+    ties, failures = sum(cell.num_ties for cell in texts), sum(cell.num_failures for cell in texts)
+    total = sum(cell.num_samples for cell in texts)
+    same = f"all {total} texts are the same as alone"
+    if ties + failures:
+        same = f"{total - ties - failures} of {total} texts are the same as alone, {ties} ties, {failures} failures"
+    return f"Batch {told} over batch 1, tokens/s: {', '.join(parts)}; {same}."
+
+
+if __name__ == "__main__":
+    main()
