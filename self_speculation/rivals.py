@@ -122,6 +122,9 @@ class HuggingfaceStaticGenerator(HuggingfaceGenerator):
 
     Args:
         backend: torch.compile's.
+
+    Raises:
+        ValueError: torch cannot compile here, for want of a compiler, say.
     """
 
     def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -139,8 +142,12 @@ class HuggingfaceStaticGenerator(HuggingfaceGenerator):
     def _generate(self, request: GenerationRequest, max_new: int) -> list["Delivery"]:
         # Our strategies would do it later, and move the weights that the compiled step knows.
         fuse(self.model)
-        with _attributes(self.model, self.left):
-            return super()._generate(request, max_new)
+        try:
+            with _attributes(self.model, self.left):
+                return super()._generate(request, max_new)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            cause = " ".join(str(error).splitlines()[:2])
+            raise ValueError(f"--generation_strategy hf_static: torch.compile does not work here ({cause}).") from error
 
 
 @dataclass

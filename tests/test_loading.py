@@ -20,6 +20,7 @@ from self_speculation.loading import (
     make_strategy,
     recommendation,
 )
+from self_speculation.rivals import HuggingfaceStaticGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,7 @@ def test_names_become_strategies(model: LlamaForCausalLM) -> None:
         ("autoregressive", 2, EarlyExitGenerator),
         ("early_exit", 2, EarlyExitGenerator),
         ("self_speculative", 2, SelfSpeculativeGenerator),
+        ("hf_static", None, HuggingfaceStaticGenerator),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
         assert type(make_strategy(model, config)) is kind

@@ -284,6 +284,16 @@ def test_what_is_compiled_is_compiled_in_the_warm_up(
     assert [answer.tokens for answer in answers] == [result.tokens for result in expected]
 
 
+def test_where_torch_cannot_compile_a_sentence_says_so(small_model: LlamaForCausalLM) -> None:
+    def no_compiler(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        raise OSError("there is no compiler")
+
+    own = state_of(small_model)
+    with pytest.raises(ValueError, match=r"hf_static: torch\.compile does not work here \(.*there is no compiler"):
+        rows_of(HuggingfaceStaticGenerator(small_model, no_compiler), make_request(PROMPT))
+    assert state_of(small_model) == own
+
+
 @pytest.mark.slow
 def test_a_static_cache_compiled_by_inductor(make_model: Callable[..., LlamaForCausalLM]) -> None:
     """Alone and in ragged batches of two sizes, the same answers in float64."""
