@@ -153,24 +153,27 @@ def whole_batches(prompts: list[list[int]], batch_sizes: list[int]) -> list[list
 def measure(
     contestants: dict[str, Contestant], prompts: list[list[int]], arguments: BatchSizesArguments, log: RunLog
 ) -> Batched:
-    """Each strategy's rounds at each batch size; which size begins, and which strategy, changes from turn to turn."""
+    """Each strategy's rounds at each batch size; strategies begin in turns.
+
+    A round goes through the prompts once, with all sizes side by side, so that no size has a quiet minute to itself.
+    """
     sizes = arguments.batch_sizes
     for contestant, size in itertools.product(contestants.values(), sizes):
         contestant.warm_up([max(prompts, key=len)] * size)
+    batches = [(size, start) for size in sizes for start in range(0, len(prompts), size)]
+    batches.sort(key=lambda batch: batch[1] + batch[0] / 2)
     rounds: Batched = {key: [] for key in itertools.product(contestants, sizes)}
-    turns = [
-        (repeat, sizes[(repeat + place) % len(sizes)])
-        for repeat in range(arguments.repeats)
-        for place in range(len(sizes))
-    ]
-    for repeat, size in tqdm(turns, desc="Measuring", unit="batch size"):
-        found = {name: Round(batch_size=size) for name in contestants}
-        for turn, start in enumerate(range(0, len(prompts), size), repeat):
+    progress = tqdm(total=arguments.repeats * len(batches), desc="Measuring", unit="batch")
+    for repeat in range(arguments.repeats):
+        found = {(name, size): Round(batch_size=size) for name, size in rounds}
+        for turn, (size, start) in enumerate(batches, repeat):
             for name, answers in interleaved(contestants, prompts[start : start + size], turn).items():
-                found[name].measurements += answers
-        for name, one in found.items():
+                found[name, size].measurements += answers
+            progress.update()
+        for (name, size), one in found.items():
             rounds[name, size].append(one)
             log.append({"repeat": repeat, "strategy": name, "batch_size": size} | one.times)
+    progress.close()
     return rounds
 
 
@@ -221,6 +224,8 @@ def save_picture(rows: list[dict[str, Any]], config: GenerationConfig, path: Pat
         draw(latency, own, "decode_seconds_per_token", 1e3, label)
     throughput.set(title="Throughput: all rows together", ylabel="tokens/s, prompts included")
     latency.set(title="Latency: what a row waits", ylabel="ms per token of a row, after the first")
+    for axes in (throughput, latency):
+        axes.set_ylim(bottom=0)
     throughput.legend()
     figure.savefig(path, dpi=130)
 
@@ -234,7 +239,6 @@ def draw(axes: Axes, rows: list[dict[str, Any]], name: str, factor: float, label
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("batch size")
     axes.grid(alpha=0.3)
 
@@ -248,14 +252,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "decode\ntokens/s",
         "ms/token\nof a row",
         "s/batch",
-        "accepted",
         "texts as\nalone",
     )
     result = Table("strategy", box=SIMPLE_HEAD, padding=0)
     for head in heads:
         result.add_column(head, justify="right")
     for row in rows:
-        accepted, differing = row["acceptance_rate"], row["ties"] + row["failures"]
+        differing = row["ties"] + row["failures"]
         result.add_row(
             row["strategy"],
             str(row["batch_size"]),
@@ -264,7 +267,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['decode_tokens_per_second']:.1f}",
             f"{row['decode_seconds_per_token'] * 1e3:.2f}",
             f"{row['mean_batch_seconds']:.2f}",
-            "–" if accepted is None else f"{accepted:.1%}",
             "all" if not differing else f"all but {differing}",
         )
     return result

@@ -73,9 +73,9 @@ def test_every_size_answers_the_same_prompts(
     assert all(prompts == once * 2 for prompts in asked.values())
     assert once[4:] == once[:2]
     assert len(set(map(tuple, once))) == 4
-    # Strategies take turns within a size, and each round begins with another size.
-    assert order[:4] == [("autoregressive", 1), ("self_speculative", 1), ("self_speculative", 1), ("autoregressive", 1)]
-    assert order[len(order) // 2][1] == 2
+    # Strategies begin in turns, and all sizes go through the prompts side by side.
+    assert order[:4] == [("autoregressive", 1), ("self_speculative", 1), ("self_speculative", 2), ("autoregressive", 2)]
+    assert [size for strategy, size in order if strategy == "autoregressive"] == [1, 2, 1, 3, 1, 2, 1, 1, 3, 2, 1] * 2
 
     logs = tmp_path / "logs"
     table = table_of(logs)
@@ -206,6 +206,8 @@ def test_the_picture_has_both_panels(batch_sizes: ModuleType, tmp_path: Path, mo
         heights = [row[name] * factor for row in rows]
         assert [height for line in axes.lines for height in line.get_ydata()] == pytest.approx(heights)
         assert len(axes.collections) == 2
+        top = max(row[name + "_greatest"] * factor for row in rows)
+        assert (axes.get_ylim()[0], axes.get_ylim()[1] >= top) == (0, True)
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
     labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert labels == ["autoregressive", "self_speculative, E = 3, d = 7"]
