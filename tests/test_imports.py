@@ -26,7 +26,7 @@ RANKS = (
     "evaluation_report",
     "arguments data",
     "synthetic",
-    "generate correctness train benchmark eval sweep exit_scores batch_sizes",
+    "generate correctness train benchmark eval sweep exit_scores batch_sizes hardware_limit",
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 FOLDERS = (PACKAGE, "benchmarks")

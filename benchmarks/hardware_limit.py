@@ -1,0 +1,459 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""How near do decoding speeds come to what the memory allows? Measured on synthetic models of real sizes.
+
+python benchmarks/hardware_limit.py --minutes 9
+python benchmarks/hardware_limit.py --shapes 160m --dtype float32 --max_steps 64 --batch_sizes 1 2
+
+Autoregressive decoding is set against the bandwidth, self-speculative decoding against the speed-up that section 4's
+arithmetic of weight reads allows at the acceptance measured, and both against transformers' own. Results are written
+after every part to OUTPUT_DIR/hardware_limit.json and .md; what does not begin within --minutes is skipped, and said
+to be skipped.
+"""
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaForCausalLM
+
+from arguments import OutputArguments, one_sentence_errors, parse
+from benchmarks.synthetic import (
+    CONTEXT,
+    Goal,
+    byte_tokenizer,
+    choose_device,
+    choose_dtype,
+    damp_to,
+    find_shape,
+    make_model,
+    random_prompts,
+    sentence,
+)
+from self_speculation.benchmarking import (
+    Contestant,
+    Round,
+    WeightBytes,
+    bandwidth_share,
+    interleaved,
+    speedup,
+    totals,
+)
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.hardware import last_level_cache_bytes, memory_bandwidth, surroundings
+from self_speculation.loading import STRATEGIES
+from self_speculation.run_log import RunLog
+
+OWN = ("autoregressive", "self_speculative")
+RIVALS = ("hf_generate", "hf_early_exit", "hf_static")
+CUDA_SHAPES = ["llama3.2-1b", "llama2-7b"]
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class LimitArguments:
+    """What to measure, and for how long."""
+
+    shapes: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Shapes of benchmarks/synthetic.py. Default on CUDA: {', '.join(CUDA_SHAPES)}."},
+    )
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "Batches whose throughput is measured."}
+    )
+    max_steps: int = field(default=256, metadata={"help": "New tokens of every answer."})
+    prompt_tokens: int = field(default=64, metadata={"help": "Tokens of every prompt, random."})
+    num_prompts: int = field(default=2, metadata={"help": "Prompts at batch 1."})
+    repeats: int = field(default=2, metadata={"help": "Rounds; times are medians over them."})
+    rivals: list[str] = field(
+        default_factory=lambda: [name for name in RIVALS if name in STRATEGIES],
+        metadata={"help": f"Of transformers' own: {', '.join(RIVALS)}; hf_static compiles, which takes its time."},
+    )
+    minutes: float = field(default=9.0, metadata={"help": "No part begins later than this."})
+    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; CUDA by default where there is any."})
+    dtype: str = field(default="bfloat16", metadata={"help": "float64, float32, bfloat16 or float16."})
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "num_prompts", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_steps < 2:
+            raise ValueError(f"--max_steps must be at least 2, not {self.max_steps}: the first token is not decoding.")
+        if self.prompt_tokens + self.max_steps > CONTEXT:
+            raise ValueError(f"--prompt_tokens and --max_steps must be at most {CONTEXT} together.")
+        if min(self.batch_sizes) < 1:
+            raise ValueError(f"--batch_sizes must be at least 1, not {min(self.batch_sizes)}.")
+        if self.minutes <= 0:
+            raise ValueError(f"--minutes must be positive, not {self.minutes}.")
+        for name in self.rivals:
+            if name not in RIVALS or name not in STRATEGIES:
+                raise ValueError(f"--rivals may be {', '.join(RIVALS)}, not {name!r}.")
+        for name in self.shapes or ():
+            find_shape(name)
+
+    def shapes_for(self, device: torch.device) -> list[str]:
+        """The shapes asked for, each once."""
+        if self.shapes is None and device.type != "cuda":
+            raise ValueError("--shapes must be given without CUDA; 160m and tiny are small ones.")
+        return list(dict.fromkeys(self.shapes or CUDA_SHAPES))
+
+
+@dataclass(frozen=True)
+class ReadShares:
+    """What a pass reads, in units of all layers' weights: E layers, the head, and the head as the draft reads it.
+
+    e, h and h_d of the arithmetic of memory-bound decoding.
+    """
+
+    early: float
+    head: float
+    draft_head: float
+
+    @classmethod
+    def of(cls, weights: WeightBytes, exit_layer: int) -> "ReadShares":
+        """From the bytes of layers and head."""
+        layers, head = sum(weights.layers), weights.head
+        return cls(sum(weights.layers[:exit_layer]) / layers, head / layers, head / layers)
+
+
+def ideal_speedup(tokens_per_step: float, drafts_per_step: float, shares: ReadShares) -> float:
+    """S = τ (1 + h) / [d (e + h_d) + 1 + h]: the speed-up if a step took the time in which its weights are read.
+
+    τ is measured, 1 + d times the share of drafted tokens that were accepted; where a token is accepted with chance α
+    whatever went before, it is (1 − α^{d+1}) / (1 − α). The last steps of an answer draft less, so d is a mean.
+    """
+    read = drafts_per_step * (shares.early + shares.draft_head) + 1 + shares.head
+    return tokens_per_step * (1 + shares.head) / read
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The device's memory: bytes a second, and the bytes of the cache in front of it."""
+
+    bytes_per_second: float
+    cache_bytes: int | None
+
+    @classmethod
+    def measure(cls, device: torch.device) -> "Memory":
+        """Time a read-only pass."""
+        return cls(memory_bandwidth(device), last_level_cache_bytes(device))
+
+    def bounds(self, weights: WeightBytes) -> bool:
+        """Whether the weights must come from memory each time."""
+        return self.cache_bytes is not None and weights.all > self.cache_bytes
+
+
+@dataclass
+class ShapeStudy:
+    """All that is measured of one shape, part by part."""
+
+    shape: str
+    arguments: LimitArguments
+    goal: Goal
+    memory: Memory
+    rounds: dict[str, list[Round]] = field(default_factory=dict)
+    batches: dict[int, dict[str, Figures]] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> LlamaForCausalLM:
+        """The synthetic model, damped to the acceptance asked for."""
+        device = choose_device(self.arguments.device)
+        dtype = choose_dtype(self.arguments.dtype, device)
+        model = make_model(find_shape(self.shape).config(self.shape), device, dtype, self.goal.seed)
+        damp_to(model, self.goal.for_model(model))
+        return model
+
+    @cached_property
+    def contestants(self) -> dict[str, Contestant]:
+        """Our strategies and transformers'."""
+        tokenizer = byte_tokenizer()
+        return {name: Contestant.of(self.model, tokenizer, self.config(name)) for name in self.names}
+
+    @property
+    def names(self) -> list[str]:
+        """The strategies, ours first."""
+        return [*OWN, *dict.fromkeys(self.arguments.rivals)]
+
+    @cached_property
+    def weights(self) -> WeightBytes:
+        """What decoding reads."""
+        return WeightBytes.of(self.model)
+
+    def config(self, strategy: str) -> GenerationConfig:
+        """How a strategy decodes: greedy, with exit layer and draft length if it uses them."""
+        goal = self.goal.for_model(self.model)
+        own = {name: getattr(goal, name) for name in STRATEGIES[strategy].uses}
+        return GenerationConfig(
+            max_steps=self.arguments.max_steps, generation_strategy=strategy, sample=False, seed=goal.seed, **own
+        )
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """Random prompts, others than those that the acceptance was set on."""
+        return random_prompts(self.model.config.vocab_size, count, self.arguments.prompt_tokens, self.goal.seed + 1)
+
+    def parts(self) -> dict[str, Callable[[], Figures]]:
+        """What to do, in order; each returns what is new in the document."""
+        warm_ups = {f"warm-up of {name}": partial(self.warm_up, name) for name in self.names}
+        rounds = {f"round {number}": self.add_round for number in range(1, self.arguments.repeats + 1)}
+        sizes = dict.fromkeys(self.arguments.batch_sizes)
+        batches = {f"batch size {size}": partial(self.add_batch, size) for size in sizes}
+        return {"model": self.describe, **warm_ups, **rounds, "peak memory": self.add_peaks, **batches}
+
+    def describe(self) -> Figures:
+        """The model, and the ceiling of autoregressive decoding at batch 1 where memory bounds it."""
+        most = self.memory.bytes_per_second / self.weights.all if self.memory.bounds(self.weights) else None
+        return {
+            "sentence": sentence(self.model.config),
+            "parameters": self.model.num_parameters(),
+            "weight_bytes_read": self.weights.all,
+            "most_autoregressive_tokens_per_second": most,
+            "damping": self.model.config.synthetic_damping,
+        }
+
+    def warm_up(self, name: str) -> Figures:
+        """Answers that do not count: what a strategy compiles, it compiles here. Ours answer in full."""
+        contestant, prompts = self.contestants[name], self.prompts(1)
+        if name in OWN:
+            contestant.run(prompts)
+        else:
+            contestant.warm_up(prompts)
+        return {}
+
+    def add_round(self) -> Figures:
+        """Every strategy's answers to all prompts, batch 1, interleaved."""
+        new = {name: Round() for name in self.names}
+        turn = len(self.rounds.get(OWN[0], ()))
+        for index, prompt in enumerate(self.prompts(self.arguments.num_prompts)):
+            for name, answers in interleaved(self.contestants, [prompt], turn + index).items():
+                new[name].measurements += answers
+        for name, one in new.items():
+            self.rounds.setdefault(name, []).append(one)
+        figures = {name: self.figures(name, self.rounds) | self.ideal(name) for name in self.names}
+        return {"strategies": figures}
+
+    def figures(self, name: str, rounds: dict[str, list[Round]]) -> Figures:
+        """A strategy's figures over the rounds so far; how near the bandwidth, where that is what bounds."""
+        own, config = rounds[name], self.contestants[name].config
+        share = None
+        if self.memory.bounds(self.weights):
+            share = bandwidth_share(own, config, self.weights, self.memory.bytes_per_second)
+        return totals(own) | speedup(own, rounds[OWN[0]]) | {"rounds": len(own), "bandwidth_share": share}
+
+    def ideal(self, name: str) -> Figures:
+        """Exit layer and draft length, and how near their ideal a strategy that drafts is at batch 1."""
+        rounds, config = self.rounds[name], self.contestants[name].config
+        cell = {"exit_layer": config.exit_layer, "num_speculations": config.num_speculations}
+        counts = rounds[0].counts
+        if not counts["drafted"]:
+            return cell | {"ideal_speedup": None, "ideal_share": None}
+        shares = ReadShares.of(self.weights, config.exit_layer)
+        ideal = ideal_speedup(counts["tokens_per_step"], counts["drafted"] / counts["steps"], shares)
+        reached = speedup(rounds, self.rounds[OWN[0]])["decode_speedup"]
+        return cell | {"ideal_speedup": ideal, "ideal_share": reached / ideal}
+
+    def add_peaks(self) -> Figures:
+        """Every strategy's most memory at batch 1, weights included."""
+        return {"peak_bytes": {name: one.peak_bytes(self.prompts(1)) for name, one in self.contestants.items()}}
+
+    def add_batch(self, size: int) -> Figures:
+        """Our strategies' throughput at a batch size, interleaved, after a run that does not count."""
+        contestants = {name: self.contestants[name] for name in OWN}
+        rounds: dict[str, list[Round]] = {name: [] for name in OWN}
+        for contestant in contestants.values():
+            contestant.run(self.prompts(size))
+        for turn in range(self.arguments.repeats):
+            for name, answers in interleaved(contestants, self.prompts(size), turn).items():
+                rounds[name].append(Round(answers, batch_size=size))
+        self.batches[size] = {name: self.figures(name, rounds) for name in OWN}
+        return {"batches": self.batches}
+
+
+class Study:
+    """Runs the parts of all shapes until the time is up, and writes down what is known after each."""
+
+    def __init__(self, arguments: LimitArguments, goal: Goal, log: RunLog) -> None:
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.arguments = arguments
+        self.goal = goal
+        self.log = log
+        self.device = choose_device(arguments.device)
+        self.shapes = arguments.shapes_for(self.device)
+        choose_dtype(arguments.dtype, self.device)
+        settings = asdict(arguments) | asdict(goal)
+        log.begin(settings, resume=False)
+        self.document: Figures = {
+            "synthetic": True,
+            "arguments": settings,
+            "surroundings": surroundings(self.device) | {"dtype": arguments.dtype},
+            "shapes": {},
+            "skipped": [],
+        }
+
+    def run(self, note: Callable[[str], None]) -> None:
+        """Every shape, one after the other; `note` is told what is done."""
+        memory = Memory.measure(self.device)
+        self.document["memory"] = asdict(memory)
+        for shape in self.shapes:
+            self._run_shape(ShapeStudy(shape, self.arguments, self.goal, memory), note)
+            # The next model needs the room.
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _run_shape(self, study: ShapeStudy, note: Callable[[str], None]) -> None:
+        found = {"synthetic": True, "name": f"synthetic-{study.shape}"}
+        self.document["shapes"][study.shape] = found
+        for name, part in study.parts().items():
+            start = time.monotonic()
+            if start > self.deadline:
+                self.document["skipped"].append(f"{study.shape}: {name}")
+                note(f"{study.shape}: {name} skipped, --minutes {self.arguments.minutes:g} are over.")
+            else:
+                found |= part()
+                note(f"{study.shape}: {name}, {time.monotonic() - start:.1f} s.")
+            self.log.write(self.document)
+            self.markdown.write_text(as_markdown(self.document), encoding="utf-8")
+
+    @property
+    def markdown(self) -> Path:
+        """Where the tables stand, to be pasted."""
+        return self.log.document.with_suffix(".md")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of text: names in the first columns, numbers in the others."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    num_names: int
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(box=SIMPLE_HEAD, padding=0)
+        for index, name in enumerate(self.columns):
+            is_name = index < self.num_names
+            table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a README."""
+        rule = ["---" if index < self.num_names else "--:" for index in range(len(self.columns))]
+        lines = (self.columns, rule, *self.rows)
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+SPEED_COLUMNS = (
+    "synthetic model",
+    "strategy",
+    "E, d",
+    "tokens/s, decoding",
+    "of bandwidth",
+    "accepted",
+    "tokens per step",
+    "speed-up",
+    "ideal",
+    "of ideal",
+    "peak GB",
+)
+BATCH_COLUMNS = ("synthetic model", "batch", *(f"`{name}` tokens/s" for name in OWN), "speed-up", "accepted")
+
+
+def text(value: float | None, style: str) -> str:
+    """A figure, if there is one."""
+    return "" if value is None else style.format(value)
+
+
+def speed_grid(shapes: dict[str, Figures]) -> Grid:
+    """Batch 1: a row for each shape and strategy."""
+    rows = []
+    for found in shapes.values():
+        for name, one in found.get("strategies", {}).items():
+            drafts = one["num_speculations"] is not None
+            peak = found.get("peak_bytes", {}).get(name)
+            rows.append(
+                (
+                    found["name"],
+                    f"`{name}`",
+                    f"{one['exit_layer']}, {one['num_speculations']}" if drafts else "",
+                    text(one["decode_tokens_per_second"], "{:.1f}"),
+                    text(one["bandwidth_share"], "{:.1%}"),
+                    text(one["acceptance_rate"], "{:.1%}"),
+                    text(one["tokens_per_step"], "{:.2f}"),
+                    text(one["decode_speedup"], "{:.2f}"),
+                    text(one["ideal_speedup"], "{:.2f}"),
+                    text(one["ideal_share"], "{:.1%}"),
+                    text(peak and peak / 1e9, "{:.2f}"),
+                )
+            )
+    return Grid(SPEED_COLUMNS, rows, num_names=2)
+
+
+def batch_grid(shapes: dict[str, Figures]) -> Grid:
+    """A row for each shape and batch size."""
+    rows = []
+    for found in shapes.values():
+        for size, strategies in found.get("batches", {}).items():
+            speeds = [f"{strategies[name]['decode_tokens_per_second']:.1f}" for name in OWN]
+            own = strategies["self_speculative"]
+            rows.append(
+                (found["name"], str(size), *speeds, f"{own['decode_speedup']:.2f}", f"{own['acceptance_rate']:.1%}")
+            )
+    return Grid(BATCH_COLUMNS, rows, num_names=1)
+
+
+def grids(shapes: dict[str, Figures]) -> list[Grid]:
+    """The tables that have rows."""
+    return [grid for grid in (speed_grid(shapes), batch_grid(shapes)) if grid.rows]
+
+
+def as_markdown(document: Figures) -> str:
+    """The tables, where they come from, and what is missing."""
+    machine = document["surroundings"]
+    speed = document["memory"]["bytes_per_second"] / 1e9
+    head = (
+        f"Synthetic models (random weights; acceptance set, see benchmarks/synthetic.py), {machine['dtype']}, "
+        f"{machine['device']}, memory read at {speed:.0f} GB/s, torch {machine['versions']['torch']}, "
+        f"transformers {machine['versions']['transformers']}, {machine['date'][:10]}, commit {machine['commit']}. "
+        f"Greedy, {document['arguments']['max_steps']} new tokens; speed-up and ideal are over `autoregressive`.\n"
+    )
+    parts = [head, *(grid.markdown() for grid in grids(document["shapes"]))]
+    if document["skipped"]:
+        parts.append(f"Skipped for want of time: {'; '.join(document['skipped'])}.\n")
+    return "\n".join(parts)
+
+
+@one_sentence_errors()
+def main() -> None:
+    arguments, goal, output = parse(LimitArguments, Goal, OutputArguments)
+    transformers.utils.logging.set_verbosity_error()
+    study = Study(arguments, goal, RunLog(Path(output.output_dir), "hardware_limit"))
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    study.run(errors.print)
+    # Where there is no terminal, the tables need more room than rich takes.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for found in study.document["shapes"].values():
+        console.print(found.get("sentence", f"{found['name']}: nothing was measured."), soft_wrap=True)
+    for grid in grids(study.document["shapes"]):
+        console.print(grid.rich())
+    if study.document["skipped"]:
+        console.print(f"Skipped for want of time: {'; '.join(study.document['skipped'])}.", soft_wrap=True)
+    print(f"{study.log.document} has all figures, {study.markdown} the tables.")
+
+
+if __name__ == "__main__":
+    main()
