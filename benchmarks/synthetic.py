@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from arguments import one_sentence_errors, parse
@@ -284,7 +285,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def trials(model: LlamaForCausalLM, goal: Goal) -> Iterable[Trial]:
+def trials(model: LlamaForCausalLM, goal: Goal) -> Iterator[Trial]:
     """Damp the model until its acceptance is the goal's: bisection, and inside the bracket an exponential guess.
 
     The answers change with every factor, so acceptance is a smooth function of it plus the noise of a sample.
@@ -310,7 +311,7 @@ def damp_to(model: LlamaForCausalLM, goal: Goal) -> Trial:
     Raises:
         ValueError: no factor between 0 and 1 gives this acceptance.
     """
-    tried = list(trials(model, goal))
+    tried = list(tqdm(trials(model, goal), desc="Damping", unit="trial", leave=False, disable=None))
     if abs(tried[-1].acceptance - goal.acceptance) > goal.tolerance:
         closest = min((trial.acceptance for trial in tried), key=lambda value: abs(value - goal.acceptance))
         raise ValueError(
