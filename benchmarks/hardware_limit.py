@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -81,6 +81,9 @@ class LimitArguments:
         default_factory=lambda: [name for name in RIVALS if name in STRATEGIES],
         metadata={"help": f"Of transformers' own: {', '.join(RIVALS)}; hf_static compiles, which takes its time."},
     )
+    compile: Literal["none", "default", "max"] = field(
+        default="none", metadata={"help": "How our strategies' steps are compiled; each batch size anew."}
+    )
     minutes: float = field(default=9.0, metadata={"help": "No part begins later than this."})
     device: str | None = field(default=None, metadata={"help": "cuda, cpu …; CUDA by default where there is any."})
     dtype: str = field(default="bfloat16", metadata={"help": "float64, float32, bfloat16 or float16."})
@@ -122,10 +125,10 @@ class ReadShares:
     draft_head: float
 
     @classmethod
-    def of(cls, weights: WeightBytes, exit_layer: int) -> "ReadShares":
-        """From the bytes of layers and head."""
+    def of(cls, weights: WeightBytes, exit_layer: int, draft_share: float = 1.0) -> "ReadShares":
+        """From the bytes of layers and head, and the share of the head's rows that drafting reads."""
         layers, head = sum(weights.layers), weights.head
-        return cls(sum(weights.layers[:exit_layer]) / layers, head / layers, head / layers)
+        return cls(sum(weights.layers[:exit_layer]) / layers, head / layers, draft_share * head / layers)
 
 
 def ideal_speedup(tokens_per_step: float, drafts_per_step: float, shares: ReadShares) -> float:
@@ -196,7 +199,13 @@ class ShapeStudy:
         goal = self.goal.for_model(self.model)
         own = {name: getattr(goal, name) for name in STRATEGIES[strategy].uses}
         return GenerationConfig(
-            max_steps=self.arguments.max_steps, generation_strategy=strategy, sample=False, seed=goal.seed, **own
+            max_steps=self.arguments.max_steps,
+            generation_strategy=strategy,
+            sample=False,
+            seed=goal.seed,
+            compile=self.arguments.compile if strategy in OWN else "none",
+            draft_vocab=goal.draft_vocab if strategy == "self_speculative" else None,
+            **own,
         )
 
     def prompts(self, count: int) -> list[list[int]]:
@@ -247,7 +256,8 @@ class ShapeStudy:
         """A strategy's figures over the rounds so far; how near the bandwidth, where that is what bounds."""
         own, config = rounds[name], self.contestants[name].config
         share = None
-        if self.memory.bounds(self.weights):
+        # What a trimmed head reads is not in the weights' bytes.
+        if self.memory.bounds(self.weights) and config.draft_vocab is None:
             share = bandwidth_share(own, config, self.weights, self.memory.bytes_per_second)
         return totals(own) | speedup(own, rounds[OWN[0]]) | {"rounds": len(own), "bandwidth_share": share}
 
@@ -258,7 +268,9 @@ class ShapeStudy:
         counts = rounds[0].counts
         if not counts["drafted"]:
             return cell | {"ideal_speedup": None, "ideal_share": None}
-        shares = ReadShares.of(self.weights, config.exit_layer)
+        vocab_size = self.model.config.vocab_size
+        draft_share = (config.draft_vocab or vocab_size) / vocab_size
+        shares = ReadShares.of(self.weights, config.exit_layer, draft_share)
         ideal = ideal_speedup(counts["tokens_per_step"], counts["drafted"] / counts["steps"], shares)
         reached = speedup(rounds, self.rounds[OWN[0]])["decode_speedup"]
         return cell | {"ideal_speedup": ideal, "ideal_share": reached / ideal}

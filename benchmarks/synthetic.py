@@ -113,6 +113,7 @@ class Goal:
     tolerance: float = field(default=0.02, metadata={"help": "How far from it the measured share may be."})
     exit_layer: int | None = field(default=None, metadata={"help": "E. Default: a quarter of the layers."})
     num_speculations: int = field(default=6, metadata={"help": "d."})
+    draft_vocab: int | None = field(default=None, metadata={"help": "Draft with the first N tokens only."})
     trial_prompts: int = field(default=8, metadata={"help": "Random prompts that acceptance is measured on."})
     trial_tokens: int = field(default=128, metadata={"help": "New tokens for each of them."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and prompts."})
@@ -142,6 +143,7 @@ class Goal:
             max_steps=self.trial_tokens,
             exit_layer=self.exit_layer,
             num_speculations=self.num_speculations,
+            draft_vocab=self.draft_vocab,
             generation_strategy="self_speculative",
             sample=False,
         )

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import hardware_limit
-from benchmarks.hardware_limit import OWN, Memory, ReadShares, ideal_speedup
+from benchmarks.hardware_limit import OWN, LimitArguments, Memory, ReadShares, ShapeStudy, ideal_speedup
+from benchmarks.synthetic import Goal
 from self_speculation import benchmarking
 from self_speculation.benchmarking import WeightBytes
 
@@ -68,6 +69,8 @@ def test_ideal_speedup_by_hand(tokens: float, drafts: float, shares: ReadShares,
 def test_read_shares_are_those_of_the_weights() -> None:
     shares = ReadShares.of(WeightBytes(layers=[10, 20, 30, 40], head=50), exit_layer=2)
     assert shares == ReadShares(early=0.3, head=0.5, draft_head=0.5)
+    trimmed = ReadShares.of(WeightBytes(layers=[10, 20, 30, 40], head=50), exit_layer=2, draft_share=0.25)
+    assert trimmed == ReadShares(early=0.3, head=0.5, draft_head=0.125)
 
 
 @pytest.mark.parametrize(("cache", "bound"), [(None, False), (99, True), (100, False)])
@@ -110,6 +113,16 @@ def test_the_script_measures_every_strategy_and_batch(
     assert tables.count("synthetic-tiny") == len(strategies) + 2
     assert "Synthetic models" in tables
     assert "synthetic-tiny (random weights)" in capsys.readouterr().out
+
+
+def test_only_our_own_strategies_are_compiled_and_only_drafts_know_fewer_tokens() -> None:
+    arguments = LimitArguments(shapes=["tiny"], device="cpu", dtype="float32", compile="max")
+    goal = Goal(draft_vocab=256, tolerance=0.3, trial_prompts=2, trial_tokens=16)
+    study = ShapeStudy("tiny", arguments, goal, Memory(1e9, 1000))
+    configs = {name: study.config(name) for name in (*OWN, *RIVALS)}
+    assert [config.compile for config in configs.values()] == ["max", "max", "none", "none"]
+    assert [config.draft_vocab for config in configs.values()] == [None, 256, None, None]
+    assert {config.sample for config in configs.values()} == {False}
 
 
 def test_what_the_time_does_not_allow_is_skipped_and_said(
