@@ -184,12 +184,13 @@ class WeightBytes:
 
     layers: list[int]
     head: int
+    vocabulary: int
 
     @classmethod
     def of(cls, model: LlamaForCausalLM) -> "WeightBytes":
         """The layers, and the final norm with the LM head."""
         layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in model.model.layers]
-        return cls(layers, model.model.norm.weight.nbytes + model.lm_head.weight.nbytes)
+        return cls(layers, model.model.norm.weight.nbytes + model.lm_head.weight.nbytes, model.config.vocab_size)
 
     @property
     def all(self) -> int:
@@ -199,11 +200,12 @@ class WeightBytes:
     def read(self, batch: Batch, config: GenerationConfig) -> int:
         """Bytes read after the first delivery, for all rows at once.
 
-        A draft reads layers [0, E) and the head, a step all that verify.
+        A draft reads layers [0, E) and the head, or as much of it as `draft_vocab` leaves; a step all that verify.
         """
-        early = sum(self.layers[: config.exit_layer]) + self.head
-        step = early if config.generation_strategy == "early_exit" else self.all
-        return batch.drafting_passes * early + batch.steps * step
+        early = sum(self.layers[: config.exit_layer])
+        draft = early + (self.head if config.draft_vocab is None else config.draft_vocab * self.head // self.vocabulary)
+        step = early + self.head if config.generation_strategy == "early_exit" else self.all
+        return batch.drafting_passes * draft + batch.steps * step
 
 
 @dataclass

@@ -9,6 +9,7 @@ Shapes: B batch, N numbers that a step returns for each row.
 
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from transformers import LlamaForCausalLM
 from self_speculation.cache import power_of_two
 from self_speculation.decoding_state import DecodingState, prefill
 
-Step = Callable[..., Tensor]
+Step = Callable[..., Any]
+GuardFilter = Callable[[Sequence[Any]], list[bool]]
 
 BACKEND = "inductor"
 # Runs before a graph is captured: the first compiles, libraries allocate their workspaces in the second.
@@ -38,11 +40,9 @@ class CompiledStep:
         self.model = model
         self.state = state
         self.sizes = sizes
-        self.is_frozen = compile == "max" and state.lengths_B.device.type == "cpu" and not model.training
+        self.compile = compile
         self.is_captured = state.lengths_B.device.type == "cuda"
-        self.function = torch.compile(
-            _with_own_code(step), fullgraph=True, dynamic=False, backend=BACKEND, options=_options(compile)
-        )
+        self.function = compiled(step, compile, _guards_on_the_state)
         self.name = f"{step.__name__.replace('_', ' ')} {sizes[:2]}"
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.warm: set[int] = set()
@@ -77,7 +77,7 @@ class CompiledStep:
     def _warm_up_bucket(self, visible: int) -> None:
         """Run on prompts of two zeros, whose prefill allocates the cache."""
         num_rows = len(self.state.lengths_B)
-        with torch._inductor.config.patch(freezing=self.is_frozen):
+        with compiling(self.model, self.compile):
             for _ in range(WARM_UP_RUNS):
                 self.state.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
                 prefill(self.model, self.state, self.model.config.num_hidden_layers)
@@ -101,16 +101,29 @@ class CompiledStep:
         return graph, outcome_BN
 
 
-def _options(compile: str) -> dict[str, Any]:
-    """Options of the compiler; checks at each call, of sizes and of what does not change, are left out."""
-    options: dict[str, Any] = {"guard_filter_fn": _guards_on_the_state}
+def compiled(function: Step, compile: str, guards: GuardFilter | None = None) -> Step:
+    """The function as a graph of its own, compiled at its first call; without guards it is called with one thing only.
+
+    Its checks of sizes, too, are left out.
+    """
+    options: dict[str, Any] = {"guard_filter_fn": guards or _no_guards}
     if BACKEND == "inductor":
         options |= {
             "size_asserts": False,
             "coordinate_descent_tuning": True,
             "max_autotune": compile == "max",
         }
-    return options
+    return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+
+
+def compiling(model: LlamaForCausalLM, compile: str) -> AbstractContextManager[None]:
+    """Where first calls belong. On CPUs `max` freezes the weights: they are constants of the graph, and prepacked."""
+    is_frozen = compile == "max" and model.device.type == "cpu" and not model.training
+    return torch._inductor.config.patch(freezing=is_frozen)
+
+
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    return [False] * len(guards)
 
 
 def _guards_on_the_state(guards: Sequence[Any]) -> list[bool]:

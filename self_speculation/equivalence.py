@@ -85,7 +85,7 @@ class EquivalenceCheck:
     def run(self, prompts: list[str]) -> Iterator[Cell]:
         """Decode a batch of prompts by the baseline and in every cell; yields each cell when it is done."""
         encoded = [self.baseline.encode(prompt) for prompt in prompts]
-        expected = self.baseline.generate(encoded, self.config)
+        expected = self.baseline.generate(encoded, dataclasses.replace(self.config, compile="none"))
         for cell in self.cells:
             config = dataclasses.replace(
                 self.config, exit_layer=cell.exit_layer, num_speculations=cell.num_speculations

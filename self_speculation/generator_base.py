@@ -47,7 +47,8 @@ class GenerationConfig:
     generation_strategy: str = field(
         default="autoregressive",
         metadata={
-            "help": "autoregressive, early_exit or self_speculative; or transformers' own hf_generate or hf_early_exit."
+            "help": "autoregressive, early_exit or self_speculative; or transformers' own hf_generate, hf_static (its "
+            "cache, compiled) or hf_early_exit."
         },
     )
     sample: bool = field(default=True, metadata={"help": "Sample; False takes the most probable token."})

@@ -47,9 +47,14 @@ def synchronize() -> None:
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all tensors that are alive in this process, shared storage counted once."""
+    """Bytes of all tensors that are alive in this process, shared storage counted once.
+
+    Weights that a compiler has packed have no storage to look at; they count as what they hold.
+    """
     tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter) and not item.is_meta]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    plain = [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]
+    packed = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.is_mkldnn)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in plain}.values()) + packed
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from self_speculation.acceptance import step_counts
+from self_speculation.compilation import Step, compiled, compiling
 from self_speculation.decoding import Decoding
 from self_speculation.decoding_state import DecodingState, prefill
+from self_speculation.draft_head import DraftHead
 from self_speculation.early_exit import embed, exit_logits, forward_early, forward_exits
 from self_speculation.fused_layers import fuse
 from self_speculation.generator_base import (
@@ -126,7 +128,10 @@ def measure_passes(
     decoding = Decoding(model, request, longest)
     prefill(model, decoding.state, model.config.num_hidden_layers)
     decoding.state.cache.see(max(map(len, request.prompts)) + longest)
-    passes = _passes(model, decoding.state, cells)
+    passes = _passes(model, decoding.state, cells, request.config)
+    with compiling(model, request.config.compile):
+        for run in passes.values():
+            run()
     seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
     for _ in tqdm(range(rounds), desc="Timing passes", unit="round"):
         for key, run in passes.items():
@@ -144,25 +149,38 @@ def measure_passes(
 
 
 def _passes(
-    model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]]
+    model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]], config: GenerationConfig
 ) -> dict[tuple[int, ...], Callable[[], object]]:
-    """The head under (), layers [0, E) under (E), verification under (E, d)."""
+    """The draft's head under (), layers [0, E) under (E), verification under (E, d); compiled if decoding is."""
     position_B1 = state.positions(0, 1)
     exit_state_B1D = embed(model, state.read(position_B1))
+    draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
 
-    def head() -> None:
-        token_B1, _ = state.rule.propose(state.logits(model, exit_state_B1D, position_B1), state.noise(position_B1))
-        state.write(position_B1 + 1, token_B1)
+    def prepared(function: Step, *arguments: object) -> Callable[[], object]:
+        return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
 
-    def early(exit_layer: int) -> None:
-        forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
-
-    passes: dict[tuple[int, ...], Callable[[], object]] = {(): head}
+    passes = {(): prepared(_propose, model, state, exit_state_B1D, draft_head)}
     for exit_layer, num_speculations in cells:
         draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations)
-        passes[exit_layer,] = partial(early, exit_layer)
-        passes[exit_layer, num_speculations] = partial(verify, model, state, exit_layer, draft, exit_states_BTD)
+        passes[exit_layer,] = prepared(_run_early, model, state, exit_layer)
+        passes[exit_layer, num_speculations] = prepared(verify, model, state, exit_layer, draft, exit_states_BTD)
     return passes
+
+
+def _propose(
+    model: LlamaForCausalLM, state: DecodingState, exit_state_B1D: Tensor, draft_head: DraftHead | None
+) -> None:
+    """Draft one token after the pending one."""
+    position_B1 = state.positions(0, 1)
+    logits_B1V = state.logits(model, exit_state_B1D, position_B1, draft_head)
+    token_B1, _ = state.rule.propose(logits_B1V, state.noise(position_B1))
+    state.write(position_B1 + 1, token_B1)
+
+
+def _run_early(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> Tensor:
+    """Layers [0, E) over the pending token."""
+    position_B1 = state.positions(0, 1)
+    return forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
 
 
 def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:

@@ -262,7 +262,7 @@ def test_acceptance_by_position(drafted: list[int], accepted: list[int], expecte
     assert acceptance_by_position([measured(drafted, accepted, committed, (0, 1, 1))]) == pytest.approx(expected)
 
 
-WEIGHTS = WeightBytes(layers=[100, 100, 100, 100], head=50)
+WEIGHTS = WeightBytes(layers=[100, 100, 100, 100], head=50, vocabulary=100)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,11 @@ def test_bytes_read(strategy: str, exit_layer: int | None, measurement: Measurem
     seconds = measurement.decode_seconds * 2
     share = expected / seconds / 10_000 if seconds else 0
     assert bandwidth_share(rounds, config, WEIGHTS, bandwidth=10_000) == pytest.approx(share)
+
+
+def test_a_trimmed_draft_head_is_read_in_part() -> None:
+    config = GenerationConfig(generation_strategy="self_speculative", exit_layer=1, draft_vocab=20)
+    assert WEIGHTS.read(Batch([LONG]), config) == 2 * 450 + 6 * 110
 
 
 def test_weight_bytes_of_the_model(model: LlamaForCausalLM) -> None:

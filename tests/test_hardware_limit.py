@@ -67,15 +67,16 @@ def test_ideal_speedup_by_hand(tokens: float, drafts: float, shares: ReadShares,
 
 
 def test_read_shares_are_those_of_the_weights() -> None:
-    shares = ReadShares.of(WeightBytes(layers=[10, 20, 30, 40], head=50), exit_layer=2)
+    weights = WeightBytes(layers=[10, 20, 30, 40], head=50, vocabulary=100)
+    shares = ReadShares.of(weights, exit_layer=2)
     assert shares == ReadShares(early=0.3, head=0.5, draft_head=0.5)
-    trimmed = ReadShares.of(WeightBytes(layers=[10, 20, 30, 40], head=50), exit_layer=2, draft_share=0.25)
+    trimmed = ReadShares.of(weights, exit_layer=2, draft_share=0.25)
     assert trimmed == ReadShares(early=0.3, head=0.5, draft_head=0.125)
 
 
 @pytest.mark.parametrize(("cache", "bound"), [(None, False), (99, True), (100, False)])
 def test_memory_bounds_weights_that_exceed_the_cache(cache: int | None, bound: bool) -> None:
-    assert Memory(1e9, cache).bounds(WeightBytes([40, 40], 20)) is bound
+    assert Memory(1e9, cache).bounds(WeightBytes([40, 40], 20, 100)) is bound
 
 
 def test_the_script_measures_every_strategy_and_batch(
