@@ -112,6 +112,8 @@ def compiled(function: Step, compile: str, guards: GuardFilter | None = None) ->
             "size_asserts": False,
             "coordinate_descent_tuning": True,
             "max_autotune": compile == "max",
+            "autotune_num_choices_displayed": 0,
+            "max_autotune_report_choices_stats": False,
         }
     return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 

@@ -65,7 +65,7 @@ class GenerationConfig:
         default="none",
         metadata={
             "help": "Compile the decoding step: a minute or two, later seconds from the cache on disk. max also tunes "
-            "products and prepacks weights: that takes longer and, on CPUs, the memory of a second copy."
+            "products and, on CPUs, prepacks weights: that takes longer, and memory for a copy at each use of a layer."
         },
     )
     draft_vocab: int | None = field(
