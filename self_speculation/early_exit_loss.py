@@ -6,7 +6,7 @@
 g is the model's own final norm and LM head, shared by all exits. Layers are numbered l = 0 … L−1; an exit layer E
 means "run the first E layers", so exit E reads x_E and has l = E−1.
 
-Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows.
+Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows or a chunk of them.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ ExitWeights = Literal["paper", "uniform"]
 ExitTarget = Literal["labels", "last_layer"]
 
 IGNORED_LABEL = -100
+CHUNK_TOKENS = 512
 
 
 def paper_weight(layer: int, num_layers: int, e_scale: float) -> float:
@@ -105,14 +106,22 @@ def distillation_cross_entropy(logits_NV: Tensor, teacher_logits_NV: Tensor, lab
 class EarlyExitLoss:
     """The loss J, computed inside the model's own `forward` while it trains with labels; removable again.
 
-    Inside, because DDP and FSDP prepare the shared norm and head around that call. One exit's logits live at a time:
-    each is computed under checkpointing and again in the backward pass. The trainer sets `step`.
+    Inside, because DDP and FSDP prepare the shared norm and head around that call. The logits of one exit at
+    `chunk_tokens` positions live at a time: each chunk is computed under checkpointing and again in the backward pass.
+    The trainer sets `step`.
     """
 
-    def __init__(self, model: LlamaForCausalLM, schedule: ExitSchedule, target: ExitTarget) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        schedule: ExitSchedule,
+        target: ExitTarget,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
         self.model = model
         self.schedule = schedule
         self.target = target
+        self.chunk_tokens = chunk_tokens
         self.step = 0
 
     def attach(self) -> None:
@@ -130,8 +139,9 @@ class EarlyExitLoss:
         ) -> Any:
             if labels is None or not self.model.training:
                 return forward(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-            outputs = self.model.model(*args, output_hidden_states=True, use_cache=False, **kwargs)
-            return CausalLMOutput(loss=self.loss(outputs.hidden_states, labels, num_items_in_batch))
+            kwargs |= {"output_hidden_states": True, "use_cache": False}
+            hidden_states = self.model.model(*args, **kwargs).hidden_states
+            return CausalLMOutput(loss=self.loss(hidden_states, labels, num_items_in_batch))
 
         return forward_with_early_exit_loss
 
@@ -146,24 +156,26 @@ class EarlyExitLoss:
         if num_items_in_batch is None:
             num_items_in_batch = (labels_N != IGNORED_LABEL).sum()
         total = torch.zeros((), dtype=torch.float32, device=labels_N.device)
+        last_ND = hidden_states[-1].detach().flatten(0, 1)
         for exit_layer, weight in self.schedule.at(self.step).items():
-            exit_loss = checkpoint(
-                self._exit_loss,
-                exit_layer,
-                hidden_states[exit_layer],
-                hidden_states[-1].detach(),
-                labels_N,
-                use_reentrant=False,
-            )
-            total = total + weight * exit_loss
+            hidden_ND = hidden_states[exit_layer].flatten(0, 1)
+            total = total + weight * self._exit_loss(exit_layer, hidden_ND, last_ND, labels_N)
         return total / num_items_in_batch
 
-    def _exit_loss(self, exit_layer: int, hidden_BTD: Tensor, last_BTD: Tensor, labels_N: Tensor) -> Tensor:
+    def _exit_loss(self, exit_layer: int, *rows: Tensor) -> Tensor:
+        """Σ CE of one exit, from its hidden states, the last layer's, and the labels, a chunk of rows at a time."""
+        # `split`, because its gradients are joined once, where every slice would have one of the whole size.
+        chunks = zip(*(tensor.split(self.chunk_tokens) for tensor in rows), strict=True)
+        return sum(
+            checkpoint(self._chunk_loss, exit_layer, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        )
+
+    def _chunk_loss(self, exit_layer: int, hidden_ND: Tensor, last_ND: Tensor, labels_N: Tensor) -> Tensor:
         is_last = exit_layer == self.schedule.num_layers
-        normed_BTD = hidden_BTD if is_last else self.model.model.norm(hidden_BTD)
-        logits_NV = self.model.lm_head(normed_BTD).flatten(0, 1)
+        logits_NV = self.model.lm_head(hidden_ND if is_last else self.model.model.norm(hidden_ND))
         if is_last or self.target == "labels":
             return cross_entropy(logits_NV, labels_N)
         with torch.no_grad():
-            teacher_logits_NV = self.model.lm_head(last_BTD).flatten(0, 1)
+            teacher_logits_NV = self.model.lm_head(last_ND)
         return distillation_cross_entropy(logits_NV, teacher_logits_NV, labels_N)

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTo
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from self_speculation.early_exit_loss import EarlyExitLoss, ExitSchedule, cross_entropy
+from self_speculation.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule, cross_entropy
 from self_speculation.layer_dropout import DropoutRates, LayerDropout
 
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
@@ -60,6 +60,10 @@ class LayerSkipArguments:
     exit_target: Literal["labels", "last_layer"] = field(
         default="labels", metadata={"help": "What early exits learn: the labels, or the last layer's distribution."}
     )
+    loss_chunk_tokens: int = field(
+        default=CHUNK_TOKENS,
+        metadata={"help": "Positions whose logits the loss holds at a time."},
+    )
     muon: bool = field(
         default=False, metadata={"help": "Optimise the layers' matrices with Muon, and the rest with AdamW."}
     )
@@ -72,6 +76,8 @@ class LayerSkipArguments:
             raise ValueError(f"--e_scale must be a finite number from 0 up, not {self.e_scale}.")
         if self.rotation_interval < 1:
             raise ValueError(f"--rotation_interval must be at least 1, not {self.rotation_interval}.")
+        if self.loss_chunk_tokens < 1:
+            raise ValueError(f"--loss_chunk_tokens must be at least 1, not {self.loss_chunk_tokens}.")
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         """The exit layers to train, in order, for a model of `num_layers` layers."""
@@ -137,7 +143,7 @@ class LayerSkipTrainer(Trainer):
             e_scale=layerskip.e_scale,
         )
         self.dropout = LayerDropout(layers, rates, self.args.seed)
-        self.early_exit_loss = EarlyExitLoss(self.model, schedule, layerskip.exit_target)
+        self.early_exit_loss = EarlyExitLoss(self.model, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own optimiser, or Muon with AdamW."""

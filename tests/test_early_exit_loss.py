@@ -169,9 +169,9 @@ def test_step_without_weight_trains_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize("target", ["labels", "last_layer"])
-@pytest.mark.parametrize("num_items", [None, 40])
+@pytest.mark.parametrize(("num_items", "chunk_tokens"), [(None, 512), (40, 5), (40, 24), (None, 1)])
 def test_loss_and_gradients_equal_the_naive_sum(
-    make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget, num_items: int | None
+    make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget, num_items: int | None, chunk_tokens: int
 ) -> None:
     model = make_model().train()
     num_labelled = 4 + 7 + 4
@@ -181,6 +181,7 @@ def test_loss_and_gradients_equal_the_naive_sum(
         expected = naive_loss(model, batch, weights, target) / (num_items or num_labelled)
         expected_gradients = gradients(model, expected)
         loss = attached(model, schedule(), target, step)
+        loss.chunk_tokens = chunk_tokens
         actual = model(**batch, num_items_in_batch=num_items).loss
         actual_gradients = gradients(model, actual)
         loss.remove()
@@ -247,10 +248,10 @@ def test_logits_of_one_exit_at_a_time(make_model: MakeModel, batch: dict[str, Te
         del naive
         kept.clear()
         model.lm_head.register_forward_hook(watch)
-        attached(model, schedule(curriculum="none", weights="uniform"), target)
+        attached(model, schedule(curriculum="none", weights="uniform"), target).chunk_tokens = 12
         loss = model(**batch).loss
     assert not any(shape[-1:] == (VOCABULARY,) for shape in kept)
-    in_forward = 6 if target == "labels" else 6 + 5
+    in_forward = 2 * (6 if target == "labels" else 6 + 5)  # 24 positions are two chunks.
     assert len(logits) == in_forward
     loss.backward()
     assert len(logits) == 2 * in_forward

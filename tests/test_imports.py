@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "self_speculation"
 RANKS = (
     "sampling stopping layer_dropout early_exit_loss interactive hardware run_log acceptance grid_pictures metrics "
-    "code_execution",
+    "code_execution tensor_memory",
     "cache verification",
     "fused_layers",
     "early_exit draft_head",

@@ -205,6 +205,7 @@ def test_the_trainer_wires_the_arguments(tiny: MakeModel, tmp_path: Path) -> Non
         exit_weights="uniform",
         exit_layers=[2],
         exit_target="last_layer",
+        loss_chunk_tokens=77,
     )
     trainer = make_trainer(tiny(), tmp_path, make_blocks(4), layerskip, max_steps=8, seed=9)
     rates, schedule = trainer.dropout.rates, trainer.early_exit_loss.schedule
@@ -212,6 +213,7 @@ def test_the_trainer_wires_the_arguments(tiny: MakeModel, tmp_path: Path) -> Non
     assert (schedule.num_layers, schedule.exit_layers, schedule.curriculum) == (3, (2, 3), "gradual")
     assert (schedule.rotation_interval, schedule.strict_rotation) == (2, True)
     assert (schedule.weights, schedule.e_scale, trainer.early_exit_loss.target) == ("uniform", 0.5, "last_layer")
+    assert trainer.early_exit_loss.chunk_tokens == 77
 
 
 def test_after_training_the_model_is_a_plain_one_again(tiny: MakeModel, tmp_path: Path) -> None:
@@ -411,6 +413,7 @@ def test_compiled_layers_learn_the_same(tiny: MakeModel, tmp_path: Path, monkeyp
         ("e_scale", -1.0),
         ("e_scale", float("nan")),
         ("rotation_interval", 0),
+        ("loss_chunk_tokens", 0),
     ],
 )
 def test_bad_arguments_are_refused_by_name(flag: str, value: float) -> None:
