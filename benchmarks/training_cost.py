@@ -5,8 +5,8 @@ python benchmarks/training_cost.py --num_layers 8 --hidden_size 256 --vocab_size
 
 One step of forward pass, backward pass and AdamW on a random model and random tokens, by: transformers' own loss;
 this repository's on the last layer alone (the base of all ratios); with early-exit loss under a rotation of R = L and
-of R = 1; with layer dropout of p_max = 0.2 and 0.5. Memory is the peak of live tensors, counted (on CUDA the allocator's).
-Speed is tokens/s of interleaved rounds, as medians. The last line of standard output is one JSON object.
+of R = 1; with layer dropout of p_max = 0.2 and 0.5. Memory is the peak of live tensors, counted (on CUDA the
+allocator's). Speed is tokens/s of interleaved rounds, as medians. The last line of standard output is one JSON object.
 """
 
 import json
