@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,8 +24,16 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTo
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from self_speculation.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule, cross_entropy
-from self_speculation.layer_dropout import DropoutRates, LayerDropout
+from self_speculation.early_exit_loss import (
+    CHUNK_TOKENS,
+    Curriculum,
+    EarlyExitLoss,
+    ExitSchedule,
+    ExitTarget,
+    ExitWeights,
+    cross_entropy,
+)
+from self_speculation.layer_dropout import DepthSchedule, DropoutRates, LayerDropout, TimeSchedule
 
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
 BOS_TOKEN = "<s>"
@@ -39,25 +47,35 @@ class LayerSkipArguments:
     """How LayerSkip trains: layer dropout and early-exit loss."""
 
     p_max: float = field(default=0.1, metadata={"help": "Layer-dropout rate of the last layer; 0 turns it off."})
-    layer_dropout_schedule: Literal["exponential", "constant"] = field(
+    layer_dropout_schedule: TimeSchedule = field(
         default="exponential",
-        metadata={"help": "S(t): exponential (training from scratch) or constant (continual training)."},
+        metadata={
+            "help": "S(t): exponential (the paper's from scratch), constant (its continual training), or "
+            "decreasing to zero."
+        },
+    )
+    layer_dropout_depth: DepthSchedule = field(
+        default="exponential",
+        metadata={"help": "D(l): exponential (the paper's) or linear from the first layer to the last, or constant."},
+    )
+    layer_dropout_rescale: bool = field(
+        default=False, metadata={"help": "Divide what a kept layer adds by 1 - p; the paper does not."}
     )
     e_scale: float = field(default=0.2, metadata={"help": "Scale of the early exits' loss weights; 0 turns them off."})
-    early_exit_curriculum: Literal["rotational", "gradual", "none"] = field(
+    early_exit_curriculum: Curriculum = field(
         default="rotational", metadata={"help": "Which exits a step trains; none: all of them at every step."}
     )
     rotation_interval: int = field(default=4, metadata={"help": "R: a rotational step trains every R-th exit."})
     strict_rotation: bool = field(
         default=False, metadata={"help": "Rotate the last layer too, instead of training it at every step."}
     )
-    exit_weights: Literal["paper", "uniform"] = field(
+    exit_weights: ExitWeights = field(
         default="paper", metadata={"help": "e(l): the paper's, or uniform (e_scale for every exit, 1 for the last)."}
     )
     exit_layers: list[int] = field(
         default_factory=list, metadata={"help": "Exit layers to train, from 1; all by default. The last is added."}
     )
-    exit_target: Literal["labels", "last_layer"] = field(
+    exit_target: ExitTarget = field(
         default="labels", metadata={"help": "What early exits learn: the labels, or the last layer's distribution."}
     )
     loss_chunk_tokens: int = field(
@@ -131,7 +149,13 @@ class LayerSkipTrainer(Trainer):
         num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if num_steps < 1:
             raise ValueError("--max_steps must be at least 1, or negative for --num_train_epochs to decide.")
-        rates = DropoutRates(layerskip.p_max, len(layers), num_steps, layerskip.layer_dropout_schedule)
+        rates = DropoutRates(
+            layerskip.p_max,
+            len(layers),
+            num_steps,
+            layerskip.layer_dropout_schedule,
+            layerskip.layer_dropout_depth,
+        )
         schedule = ExitSchedule(
             num_layers=len(layers),
             num_steps=num_steps,
@@ -142,7 +166,7 @@ class LayerSkipTrainer(Trainer):
             weights=layerskip.exit_weights,
             e_scale=layerskip.e_scale,
         )
-        self.dropout = LayerDropout(layers, rates, self.args.seed)
+        self.dropout = LayerDropout(layers, rates, self.args.seed, layerskip.layer_dropout_rescale)
         self.early_exit_loss = EarlyExitLoss(self.model, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -37,6 +37,9 @@ def test_depth_scale_table() -> None:
         [0.0, 0.18920711500272102, 0.4142135623730951, 0.681792830507429, 1.0], abs=1e-14
     )
     assert depth_scale(0, 1) == 0
+    assert [depth_scale(layer, 5, "linear") for layer in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [depth_scale(layer, 5, "constant") for layer in range(5)] == [1.0] * 5
+    assert (depth_scale(0, 1, "linear"), depth_scale(0, 1, "constant")) == (0.0, 1.0)
 
 
 def test_time_scale_table() -> None:
@@ -45,6 +48,8 @@ def test_time_scale_table() -> None:
     )
     assert [time_scale(step, 4, "constant") for step in range(4)] == [1.0, 1.0, 1.0, 1.0]
     assert time_scale(0, 1, "exponential") == 0
+    assert [time_scale(step, 5, "decreasing") for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert time_scale(0, 1, "decreasing") == 1
 
 
 def test_rates_table() -> None:
@@ -55,6 +60,34 @@ def test_rates_table() -> None:
     assert table[2] == pytest.approx([0.0, 0.082842712474619, 0.2], abs=1e-14)
     constant = DropoutRates(p_max=0.2, num_layers=3, num_steps=3, schedule="constant")
     assert [constant.at(layer, 0) for layer in range(3)] == pytest.approx(table[2], abs=1e-14)
+
+
+def test_rates_of_the_later_schedules() -> None:
+    rates = DropoutRates(p_max=0.4, num_layers=3, num_steps=5, schedule="decreasing", depth="linear")
+    assert [rates.at(layer, 1) for layer in range(3)] == pytest.approx([0.0, 0.15, 0.3])
+    flat = DropoutRates(p_max=0.4, num_layers=3, num_steps=5, schedule="constant", depth="constant")
+    assert [flat.at(layer, 3) for layer in range(3)] == [0.4, 0.4, 0.4]
+
+
+def test_rescaled_layers_keep_their_expectation(make_model: MakeModel) -> None:
+    model = make_model(num_hidden_layers=1).train()
+    layer = model.model.layers[0]
+    hidden_BTD = torch.randn(4, NUM_TOKENS, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    sides = {"position_embeddings": model.model.rotary_emb(hidden_BTD, torch.arange(NUM_TOKENS)[None])}
+    branch_BTD = layer(hidden_BTD, **sides) - hidden_BTD
+    rates = DropoutRates(0.5, num_layers=1, num_steps=10, schedule="constant", depth="constant")
+    dropout = LayerDropout([layer], rates, seed=5, rescale=True)
+    dropout.attach()
+    seen = set()
+    for dropout.step in range(40):
+        kept = kept_rows(4, 0.5, (5, dropout.step, 0, 0))
+        seen |= {len(kept)}
+        expected_BTD = hidden_BTD.clone()
+        expected_BTD[kept] += 2 * branch_BTD[kept]
+        torch.testing.assert_close(layer(hidden_BTD, **sides), expected_BTD)
+    assert seen == {0, 1, 2, 3, 4}
+    layer.eval()
+    torch.testing.assert_close(layer(hidden_BTD, **sides), hidden_BTD + branch_BTD)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])

@@ -197,7 +197,9 @@ def test_schedules_know_the_number_of_steps(tiny: MakeModel, tmp_path: Path) -> 
 def test_the_trainer_wires_the_arguments(tiny: MakeModel, tmp_path: Path) -> None:
     layerskip = LayerSkipArguments(
         p_max=0.3,
-        layer_dropout_schedule="constant",
+        layer_dropout_schedule="decreasing",
+        layer_dropout_depth="linear",
+        layer_dropout_rescale=True,
         e_scale=0.5,
         early_exit_curriculum="gradual",
         rotation_interval=2,
@@ -209,7 +211,8 @@ def test_the_trainer_wires_the_arguments(tiny: MakeModel, tmp_path: Path) -> Non
     )
     trainer = make_trainer(tiny(), tmp_path, make_blocks(4), layerskip, max_steps=8, seed=9)
     rates, schedule = trainer.dropout.rates, trainer.early_exit_loss.schedule
-    assert (rates.p_max, rates.num_layers, rates.schedule, trainer.dropout.seed) == (0.3, 3, "constant", 9)
+    assert (rates.p_max, rates.num_layers, rates.schedule, rates.depth) == (0.3, 3, "decreasing", "linear")
+    assert (trainer.dropout.seed, trainer.dropout.rescale) == (9, True)
     assert (schedule.num_layers, schedule.exit_layers, schedule.curriculum) == (3, (2, 3), "gradual")
     assert (schedule.rotation_interval, schedule.strict_rotation) == (2, True)
     assert (schedule.weights, schedule.e_scale, trainer.early_exit_loss.target) == ("uniform", 0.5, "last_layer")
