@@ -14,20 +14,53 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+DatasetName = Literal[
+    "custom_jsonl",
+    "chat_format",
+    "text",
+    "human_eval",
+    "gsm8k",
+    "top_v2",
+    "cnn_dm_summarization",
+    "cnn_dm_lm",
+    "xsum_summarization",
+]
+
 
 @dataclass
 class TextArguments:
-    """Which texts to train on."""
+    """What to train on: texts, or prompts with responses."""
 
     data_path: list[str] = field(
-        metadata={"help": "Files or folders: text files, or JSON lines whose --text_field holds the text."}
+        default_factory=list,
+        metadata={
+            "help": "Files or folders: text files, JSON lines or Parquet whose --text_field holds the text; with "
+            "--dataset one file or folder of prompts and responses."
+        },
     )
     file_pattern: str = field(default="*", metadata={"help": "Which files of a folder to read, e.g. '*.py'."})
     exclude: list[str] = field(
         default_factory=list, metadata={"help": "Names of folders to leave out, e.g. site-packages."}
     )
-    text_field: str = field(default="text", metadata={"help": "Field of a JSON line that holds the text."})
-    held_out: float = field(default=0.05, metadata={"help": "Share of the files (or JSON lines) kept for evaluation."})
+    text_field: str = field(default="text", metadata={"help": "Field of a JSON line or row that holds the text."})
+    hub_dataset: str | None = field(
+        default=None, metadata={"help": "Dataset of the hub (or a folder in its layout) to take texts from."}
+    )
+    hub_config: str | None = field(default=None, metadata={"help": "That dataset's configuration."})
+    hub_split: str = field(default="train", metadata={"help": "That dataset's split."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read --hub_dataset while training, in an order shuffled within a buffer."}
+    )
+    stream_held_out: int = field(default=100, metadata={"help": "Texts at a stream's beginning to evaluate on."})
+    dataset: DatasetName | None = field(
+        default=None, metadata={"help": "Train on a dataset's prompts and responses, with the loss on the responses."}
+    )
+    prompt_field: str = field(default="prompt", metadata={"help": "Field of a custom_jsonl row with the prompt."})
+    response_field: str = field(default="response", metadata={"help": "Field of a custom_jsonl row with the answer."})
+    held_out: float = field(
+        default=0.05,
+        metadata={"help": "Share of the files (or rows) kept for evaluation, where the data has no split for it."},
+    )
     split_seed: int = field(
         default=0, metadata={"help": "Seed of the choice of held-out files; keep it when going on from a model."}
     )
@@ -37,6 +70,16 @@ class TextArguments:
             raise ValueError(f"--held_out must lie between 0 and 1, not {self.held_out}.")
         if not self.file_pattern or Path(self.file_pattern).is_absolute():
             raise ValueError(f"--file_pattern must be a pattern like '*.py', not {self.file_pattern!r}.")
+        if self.stream_held_out < 1:
+            raise ValueError(f"--stream_held_out must be at least 1, not {self.stream_held_out}.")
+        if not (self.data_path or self.hub_dataset or self.dataset):
+            raise ValueError("--data_path is needed, or --hub_dataset or --dataset.")
+        if self.hub_dataset and (self.data_path or self.dataset):
+            raise ValueError("--hub_dataset goes with neither --data_path nor --dataset.")
+        if self.dataset and len(self.data_path) > 1:
+            raise ValueError("--data_path must be one file or folder with --dataset.")
+        if self.streaming and not self.hub_dataset:
+            raise ValueError("--streaming needs --hub_dataset.")
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -97,6 +140,8 @@ def _file_texts(path: Path, name: str, field_name: str) -> dict[str, str]:
         return {
             f"{name}:{number}": text_field(row, field_name, f"{path}:{number}") for number, row in read_json_lines(path)
         }
+    if path.suffix == ".parquet":
+        return {place: text_field(row, field_name, place) for place, row in _parquet_rows(path)}
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -120,23 +165,14 @@ WINDOW_WORDS = 2000
 # How the files of a split are called, best first: for the prompts, and for the shots.
 PROMPT_SPLITS = ("test", "validation|valid|eval|dev", "train")
 SHOT_SPLITS = ("train", "validation|valid|eval|dev")
+HELD_OUT_SPLITS = ("validation|valid|eval|dev", "test")
 
 
 @dataclass
 class DatasetArguments:
     """Which prompts to decode."""
 
-    dataset: Literal[
-        "custom_jsonl",
-        "chat_format",
-        "text",
-        "human_eval",
-        "gsm8k",
-        "top_v2",
-        "cnn_dm_summarization",
-        "cnn_dm_lm",
-        "xsum_summarization",
-    ] = field(
+    dataset: DatasetName = field(
         default="custom_jsonl",
         metadata={
             "help": "cnn_dm_lm and text give the first words and have the rest written; chat_format has the last "
@@ -261,6 +297,25 @@ def _distinct(examples: Iterator[Example], count: int) -> list[Example]:
     while len(found) < count and (example := next(examples, None)):
         found.setdefault(example.message, example)
     return list(found.values())
+
+
+def training_examples(arguments: DatasetArguments, seed: int) -> tuple[list[Example], list[Example]]:
+    """All examples of the training split, in a seed's order, and of the validation (or test) split: none without one.
+
+    Of a file, or of a folder whose files are not named for splits, all rows are for training.
+    """
+    dataset = DATASETS[arguments.dataset]
+    if arguments.data_path is not None:
+        files = _files("data_path", arguments.data_path, dataset)
+        training_files = _of_split(files, SHOT_SPLITS[:1]) or files
+        held_out_files = _of_split([file for file in files if file not in training_files], HELD_OUT_SPLITS)
+        splits = [_file_rows(own, dataset) for own in (training_files, held_out_files) if own]
+    elif dataset.has_train:
+        splits = [_hub_rows(arguments.dataset, split) for split in ("train", "test")]
+    else:
+        raise ValueError(f"--dataset {arguments.dataset} needs --data_path: the hub has no training split of it.")
+    training, held_out = (list(_examples(rows, arguments, seed)) for rows in [*splits, Rows([], [])][:2])
+    return training, held_out
 
 
 @dataclass(frozen=True)

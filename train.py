@@ -1,45 +1,78 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
-"""Train a Llama model with layer dropout and early-exit loss, on text files or JSON lines.
+"""Train a Llama model with layer dropout and early-exit loss: from scratch, going on from a model, or on a task.
 
 python train.py --data_path my_texts/ --output_dir runs/first --max_steps 1000 --learning_rate 3e-3
+torchrun --nproc_per_node 2 train.py --data_path my_texts/ --output_dir runs/second --max_steps 1000
+python train.py --recipe finetune_topv2_1.5b --model runs/first --data_path topv2/ --output_dir runs/topv2
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
+from huggingface_hub.constants import HF_HOME
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import one_sentence_errors, parse
-from data import TextArguments, read_texts, split_held_out
-from self_speculation.training import (
-    LayerSkipArguments,
-    LayerSkipTrainer,
-    PackedTexts,
-    evaluate_exits,
-    plot_exits,
-    train_tokenizer,
-)
+from arguments import one_sentence_errors, parse, with_recipe
+from data import TextArguments
+from self_speculation.exit_evaluation import exit_table, plot_exits
+from self_speculation.recommendation import recommend
+from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training_data import PackedTexts, Packing, Responses, collate, train_tokenizer
+from texts import Examples, Sizes, Stream, Texts, read_source
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class RunArguments:
+    """A recipe to begin with, and what is done around training."""
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "Flags from recipes/NAME.yaml, or from a file; those given beside it win."},
+    )
+    separate_texts: bool = field(
+        default=True, metadata={"help": "No token attends to another text of its block; positions begin anew."}
+    )
+    token_cache: str = field(
+        default=str(Path(HF_HOME) / "layerskip"), metadata={"help": "Folder of tokenised texts, kept for other runs."}
+    )
+    recommend_samples: int = field(
+        default=4, metadata={"help": "Held-out prompts by which layerskip.json is chosen at the end; 0: do not choose."}
+    )
+    recommend_tokens: int = field(default=64, metadata={"help": "Tokens of each answer to them."})
+
+    def __post_init__(self) -> None:
+        if self.recommend_samples < 0:
+            raise ValueError(f"--recommend_samples must be at least 0, not {self.recommend_samples}.")
+        if self.recommend_tokens < 1:
+            raise ValueError(f"--recommend_tokens must be at least 1, not {self.recommend_tokens}.")
 
 
 @dataclass
 class ModelArguments:
     """The model to train, from scratch or from a folder."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder to go on from; from scratch when not given."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or hub name to go on from; from scratch when not given."}
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer's folder or hub name; trained on the texts when not given."}
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "config.json of a new Llama, or its folder, in the place of the sizes below."}
     )
     vocab_size: int = field(default=4096, metadata={"help": "Size of a new tokenizer's vocabulary."})
     block_size: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
@@ -61,11 +94,20 @@ class ModelArguments:
             raise ValueError(f"--hidden_size must be a multiple of twice --num_heads, not {self.hidden_size}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"--num_heads must be a multiple of --num_kv_heads, not {self.num_heads}.")
+        if self.model and self.config:
+            raise ValueError("--config is of a new model, and does not go with --model.")
 
-    def config(self, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-        """The configuration of a new model; input and output embeddings are one matrix."""
+    def new_config(self, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+        """The configuration of a new model; of the given sizes, with one matrix as input and output embeddings."""
+        own = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": None,
+        }
+        if self.config:
+            return self._read_config(own)
         return LlamaConfig(
-            vocab_size=len(tokenizer),
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_layers,
@@ -73,16 +115,23 @@ class ModelArguments:
             num_key_value_heads=self.num_kv_heads,
             max_position_embeddings=self.context_length,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
+            **own,
         )
 
+    def _read_config(self, own: dict[str, int | None]) -> LlamaConfig:
+        try:
+            config = LlamaConfig.from_pretrained(self.config, **own)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--config: {self.config} is not a Llama's configuration.") from error
+        return config
 
-def load(arguments: ModelArguments, texts: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+
+def load(
+    arguments: ModelArguments, source: Texts | Stream | Examples
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer."""
-    tokenizer = load_tokenizer(arguments) or train_tokenizer(texts, arguments.vocab_size)
-    model = load_model(arguments) or LlamaForCausalLM(arguments.config(tokenizer))
+    tokenizer = load_tokenizer(arguments) or train_tokenizer(source.for_tokenizer(), arguments.vocab_size)
+    model = load_model(arguments) or LlamaForCausalLM(arguments.new_config(tokenizer))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the model's {model.config.vocab_size}.")
     if arguments.block_size > model.config.max_position_embeddings:
@@ -119,44 +168,83 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return value
 
 
-def save(model: LlamaForCausalLM, table: pd.DataFrame, output: Path) -> None:
-    """Write the model in bfloat16, and how good its exits are."""
+def only_evaluates(training: TrainingArguments) -> bool:
+    """`--do_eval True` alone; beside `--do_train` or `--eval_strategy` it is for evaluation while training."""
+    return training.do_eval and not training.do_train and training.eval_strategy == "no"
+
+
+def save(trainer: LayerSkipTrainer) -> None:
+    """Write the model in bfloat16; called by all processes, of which the first writes."""
+    model = trainer.whole_model()
     model.config.use_cache = True  # The Trainer turns it off.
-    model.to(torch.bfloat16).save_pretrained(output)
+    if trainer.is_world_process_zero():
+        model.to(torch.bfloat16).save_pretrained(trainer.args.output_dir)
+
+
+def recommended(run: RunArguments, trainer: LayerSkipTrainer) -> str:
+    """What layerskip.json says, chosen by this; nothing without prompts or an exit to choose."""
+    prompts = trainer.eval_dataset.prompts(run.recommend_samples)
+    exits = trainer.layerskip.exits(trainer.model.config.num_hidden_layers)
+    best = recommend(Path(trainer.args.output_dir), prompts, run.recommend_tokens, exits) if prompts else None
+    return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended" if best else ""
+
+
+def report(table: pd.DataFrame, output: Path) -> str:
+    """Write and print how good the exits are; a line's beginning about the last and the best of the others."""
+    output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "exits.csv", index=False)
     plot_exits(table, output / "exits.png")
     print(table.to_string(index=False, float_format="{:.3f}".format))
+    last, agreements = table.iloc[-1], " ".join(f"{agreement:.2f}" for agreement in table["agreement"])
+    return f"Loss {last['loss']:.3f} (perplexity {last['perplexity']:.2f}), agreement by exit layer {agreements}"
+
+
+def make_trainer(
+    model: LlamaForCausalLM,
+    datasets: tuple[PackedTexts | Responses, PackedTexts | Responses],
+    layerskip: LayerSkipArguments,
+    training: TrainingArguments,
+) -> LayerSkipTrainer:
+    """The trainer; says how much there is to train, and on what."""
+    blocks, held_out = datasets
+    trainer = LayerSkipTrainer(
+        model, training, train_dataset=blocks, eval_dataset=held_out, data_collator=collate, layerskip=layerskip
+    )
+    if trainer.is_world_process_zero():
+        print(f"{model.num_parameters():,} parameters, {blocks} to train on, {held_out} held out")
+    return trainer
 
 
 @one_sentence_errors()
 def main() -> None:
-    text_arguments, model_arguments, layerskip, training = parse(
-        TextArguments, ModelArguments, LayerSkipArguments, TrainingArguments
+    run, text_arguments, model_arguments, layerskip, training = parse(
+        RunArguments,
+        TextArguments,
+        ModelArguments,
+        LayerSkipArguments,
+        TrainingArguments,
+        args=with_recipe(RECIPES, sys.argv[1:]),
     )
     set_seed(training.seed)
-    train_texts, held_out_texts = split_held_out(
-        read_texts(text_arguments), text_arguments.held_out, text_arguments.split_seed
-    )
-    model, tokenizer = load(model_arguments, train_texts)
-    blocks = PackedTexts(train_texts, tokenizer, model_arguments.block_size)
-    held_out = PackedTexts(held_out_texts, tokenizer, model_arguments.block_size, model_arguments.eval_blocks)
-    print(
-        f"{model.num_parameters():,} parameters, {blocks.blocks.numel():,} tokens, {held_out.blocks.numel():,} held out"
-    )
-    trainer = LayerSkipTrainer(
-        model,
-        training,
-        train_dataset=blocks,
-        eval_dataset=held_out,
-        data_collator=default_data_collator,
-        layerskip=layerskip,
-    )
-    if trainer.is_world_process_zero():  # At once, so that a run that is stopped leaves all that its checkpoints need.
-        tokenizer.save_pretrained(training.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+    source = read_source(text_arguments, training.seed)
+    model, tokenizer = load(model_arguments, source)
+    packing = Packing(run.separate_texts, Path(run.token_cache))
+    with training.main_process_first(desc="tokenising"):
+        datasets = source.datasets(tokenizer, Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing))
+    trainer = make_trainer(model, datasets, layerskip, training)
+    if not only_evaluates(training):
+        # At once, so that a run that is stopped leaves all that its checkpoints need.
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(training.output_dir)
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+    metrics = trainer.evaluate()
+    if not only_evaluates(training):
+        save(trainer)
     if trainer.is_world_process_zero():
-        table = evaluate_exits(model, held_out, training.per_device_eval_batch_size)
-        save(model, table, Path(training.output_dir))
+        table = exit_table(metrics, model.config.num_hidden_layers, prefix="eval_")
+        summary = report(table, Path(training.output_dir))
+        advice = "" if only_evaluates(training) else recommended(run, trainer)
+        print(f"{summary}{advice}; saved in {training.output_dir}.")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,16 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
-"""LayerSkip training (section 4.1 of the paper) on top of transformers' `Trainer`.
-
-Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows.
-"""
+"""LayerSkip training (section 4.1 of the paper) on top of transformers' `Trainer`."""
 
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer
+from transformers import LlamaForCausalLM, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -31,15 +21,12 @@ from self_speculation.early_exit_loss import (
     ExitSchedule,
     ExitTarget,
     ExitWeights,
-    cross_entropy,
 )
+from self_speculation.exit_evaluation import exit_metrics, num_labels, scoring
 from self_speculation.layer_dropout import DepthSchedule, DropoutRates, LayerDropout, TimeSchedule
+from self_speculation.muon import MuonWithAdamW
 
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
-BOS_TOKEN = "<s>"
-EOS_TOKEN = "</s>"
-# A line break with the indentation after it is one piece, as is a word with the space before it.
-CODE_PIECES = r"[\r\n]+[ \t]*| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+"
 
 
 @dataclass
@@ -105,44 +92,14 @@ class LayerSkipArguments:
         return tuple(sorted({*(self.exit_layers or range(1, num_layers + 1)), num_layers}))
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon for the matrices of the decoder layers and AdamW for embeddings, head and norms, as one optimiser.
+class LayerSkipTrainer(Trainer):
+    """transformers' `Trainer` with layer dropout, the early-exit loss, and checkpoints that are whole or absent.
 
-    Muon's updates are scaled to AdamW's root mean square, so that one learning rate serves both.
+    Its evaluation has the measures of every exit layer, like `eval_exit_3_agreement`.
     """
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
-        layers = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
-        chosen = {id(parameter) for parameter in layers}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-        self.parts = [
-            torch.optim.Muon(layers, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=betas),
-        ]
-        super().__init__([*layers, *rest], {"lr": lr})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Any = None) -> None:
-        """One update of every parameter that has a gradient."""
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of both optimisers."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-
-class LayerSkipTrainer(Trainer):
-    """transformers' `Trainer` with layer dropout, the early-exit loss and checkpoints that are whole or absent."""
-
     def __init__(self, *args: Any, layerskip: LayerSkipArguments, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, compute_metrics=exit_metrics, **kwargs)
         self.layerskip = layerskip
         self.is_saving = False
         layers = self.model.model.layers
@@ -197,6 +154,29 @@ class LayerSkipTrainer(Trainer):
             self.dropout.remove()
             self.early_exit_loss.remove()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The measures of the last layer and of every exit, on all processes together."""
+        with scoring(self.model, self.layerskip.loss_chunk_tokens):
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums of the measures for each row, and how many tokens they are sums over."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return None, model(**inputs).logits, num_labels(inputs["labels"])
+
+    def whole_model(self) -> LlamaForCausalLM:
+        """The model with all its weights, which FSDP has spread over the processes; all of them must call this."""
+        if not self.is_fsdp_enabled:
+            return self.model
+        state_dict = self.accelerator.get_state_dict(self.model)
+        whole = LlamaForCausalLM(self.model.config)
+        if self.is_world_process_zero():  # The others were given none.
+            whole.load_state_dict(state_dict)
+        return whole
+
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, num_epochs: int, *args: Any
     ) -> tuple[int, int]:
@@ -234,100 +214,3 @@ class LayerSkipTrainer(Trainer):
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocab_size` tokens that puts `<s>` in front, as Llama's do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CODE_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS_TOKEN, EOS_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False
-    )
-
-
-class PackedTexts(Dataset):
-    """Texts as tokens, each closed by the end token, laid end to end and cut into blocks of `block_size` tokens."""
-
-    def __init__(
-        self,
-        texts: list[str],
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        max_blocks: int | None = None,
-    ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("--tokenizer has no end-of-sequence token to close the texts with.")
-        ids = [
-            token
-            for text in tqdm(texts, desc="Tokenising", unit="text", leave=False)
-            for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        ]
-        num_blocks = min(len(ids) // block_size, max_blocks or len(ids))
-        if not num_blocks:
-            raise ValueError(f"The text has {len(ids)} tokens, fewer than one block of {block_size} (--block_size).")
-        self.blocks = torch.tensor(ids[: num_blocks * block_size], dtype=torch.int32).view(num_blocks, block_size)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block_T = self.blocks[index].long()
-        return {"input_ids": block_T, "labels": block_T}
-
-
-@torch.inference_mode()
-def evaluate_exits(model: LlamaForCausalLM, blocks: PackedTexts, batch_size: int) -> pd.DataFrame:
-    """Loss (nats per token) of every exit layer, and how often its argmax is the last layer's, on held-out blocks."""
-    model.eval()
-    num_layers = model.config.num_hidden_layers
-    losses, agreements = torch.zeros(num_layers), torch.zeros(num_layers)
-    batches = DataLoader(blocks, batch_size=batch_size)
-    for batch in tqdm(batches, desc="Evaluating exits", unit="batch", leave=False):
-        ids_BT = batch["input_ids"].to(model.device)
-        hidden_states = model.model(ids_BT, output_hidden_states=True, use_cache=False).hidden_states
-        labels_N = ids_BT[:, 1:].flatten()
-        last_N = model.lm_head(hidden_states[-1][:, :-1]).flatten(0, 1).argmax(-1)
-        for exit_layer in range(1, num_layers + 1):
-            hidden_BTD = hidden_states[exit_layer][:, :-1]
-            normed_BTD = hidden_BTD if exit_layer == num_layers else model.model.norm(hidden_BTD)
-            logits_NV = model.lm_head(normed_BTD).flatten(0, 1).float()
-            losses[exit_layer - 1] += cross_entropy(logits_NV, labels_N).cpu()
-            agreements[exit_layer - 1] += (logits_NV.argmax(-1) == last_N).sum().cpu()
-    num_tokens = len(blocks) * (blocks.blocks.shape[1] - 1)
-    return pd.DataFrame(
-        {
-            "exit_layer": range(1, num_layers + 1),
-            "loss": (losses / num_tokens).tolist(),
-            "agreement": (agreements / num_tokens).tolist(),
-        }
-    )
-
-
-def plot_exits(table: pd.DataFrame, path: Path) -> None:
-    """A picture of `evaluate_exits`: loss and agreement with the last layer over the exit layer."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(table["exit_layer"], table["loss"], marker="o", color="tab:red")
-    left.set(xlabel="exit layer", ylabel="loss (nats per token)", title="Loss on held-out text")
-    right.plot(table["exit_layer"], table["agreement"], marker="o", color="tab:blue")
-    right.set(xlabel="exit layer", ylabel="share of tokens", ylim=(0, 1.02), title="Agreement with the last layer")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.training import train_tokenizer
+from self_speculation.training_data import train_tokenizer
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "self_speculation"
 RANKS = (
     "sampling stopping layer_dropout early_exit_loss interactive hardware run_log acceptance grid_pictures metrics "
-    "code_execution tensor_memory",
-    "cache verification",
+    "code_execution tensor_memory muon training_data",
+    "cache verification exit_evaluation",
     "fused_layers",
     "early_exit draft_head",
     "decoding_state continuation_scores",
@@ -20,13 +20,13 @@ RANKS = (
     "decoding",
     "autoregressive_generator self_speculation_generator rivals speculative_streamer",
     "loading training equivalence prediction",
-    "benchmarking",
+    "benchmarking recommendation",
     "lm_eval_adapter",
     "evaluation",
     "evaluation_report",
     "arguments data",
-    "synthetic",
-    "generate correctness train benchmark eval sweep exit_scores batch_sizes hardware_limit",
+    "synthetic texts",
+    "generate correctness train benchmark eval sweep exit_scores batch_sizes hardware_limit training_cost",
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 FOLDERS = (PACKAGE, "benchmarks")

@@ -27,15 +27,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import train
 from data import TextArguments, read_texts, split_held_out
-from self_speculation.training import (
-    INCOMPLETE_FOLDER,
-    LayerSkipArguments,
-    LayerSkipTrainer,
-    MuonWithAdamW,
-    PackedTexts,
-    evaluate_exits,
-    train_tokenizer,
-)
+from self_speculation.exit_evaluation import evaluate_exits
+from self_speculation.muon import MuonWithAdamW
+from self_speculation.training import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training_data import PackedTexts, train_tokenizer
 
 MakeModel = Callable[..., LlamaForCausalLM]
 Blocks = list[dict[str, Tensor]]
@@ -139,6 +134,8 @@ class PackedBlocks(PackedTexts):
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = torch.stack([block["input_ids"] for block in blocks]).int()
+        self.is_first = torch.zeros(self.blocks.shape, dtype=torch.bool)
+        self.separate = False
 
 
 def test_accumulated_batches_equal_one_large_batch(tiny: MakeModel, tmp_path: Path) -> None:
@@ -488,7 +485,7 @@ def test_texts_are_packed_end_to_end(tokenizer: PreTrainedTokenizerFast) -> None
     assert len(packed) == len(stream) // 4 == 3
     assert packed.blocks.tolist() == [stream[0:4], stream[4:8], stream[8:12]][: len(packed)]
     item = packed[1]
-    assert item["input_ids"].tolist() == item["labels"].tolist() == stream[4:8]
+    assert item["input_ids"].tolist() == stream[4:8]
     assert item["input_ids"].dtype == torch.int64
     assert PackedTexts(texts, tokenizer, 4, max_blocks=2).blocks.tolist() == [stream[0:4], stream[4:8]]
     assert len(PackedTexts(texts, tokenizer, 4, max_blocks=99)) == 3
@@ -606,7 +603,8 @@ def train_flags(tmp_path: Path) -> list[str]:
     return (
         f"--output_dir {tmp_path}/out --vocab_size 270 --block_size 16 --num_layers 2 --hidden_size 16 "
         "--intermediate_size 24 --num_heads 2 --num_kv_heads 1 --max_steps 3 --save_steps 2 --eval_blocks 4 "
-        "--per_device_train_batch_size 2 --use_cpu True --report_to none --held_out 0.2 --rotation_interval 2"
+        f"--per_device_train_batch_size 2 --use_cpu True --report_to none --held_out 0.2 --rotation_interval 2 "
+        f"--token_cache {tmp_path}/tokens --recommend_tokens 4 --recommend_samples 1"
     ).split()
 
 
