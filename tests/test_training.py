@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -580,7 +579,7 @@ def run(texts_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def main(*flags: str) -> list[object]:
         own = (
             train_flags(tmp_path)
-            if "--data_path" in flags
+            if {"--data_path", "--hub_dataset", "--dataset"} & set(flags)
             else [*train_flags(tmp_path), "--data_path", str(texts_folder)]
         )
         monkeypatch.setattr(sys, "argv", ["train.py", *own, *flags])
@@ -626,7 +625,12 @@ def test_main_trains_resumes_and_writes_what_transformers_loads(
     assert table["agreement"].tolist()[1] == 1
     assert table["loss"].between(0, 10).all()
     assert (output / "exits.png").read_bytes().startswith(b"\x89PNG")
-    assert "exit_layer" in capsys.readouterr().out
+    advice = json.loads((output / "layerskip.json").read_text())
+    said = capsys.readouterr().out
+    assert "exit_layer" in said
+    last_line = said.splitlines()[-1]
+    assert last_line.startswith(f"Loss {table['loss'][1]:.3f} (perplexity {table['perplexity'][1]:.2f}), agreement")
+    assert f"exit layer 1 with {advice['num_speculations']} drafts recommended; saved in {output}." in last_line
     assert {folder.name for folder in output.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
 
     whole = (output / "model.safetensors").read_bytes()
@@ -645,6 +649,52 @@ def test_main_goes_on_from_a_model(run: Callable[..., list[object]], tmp_path: P
     flags = ["--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "second"), "--learning_rate", "1e-30"]
     run(*flags, "--num_layers", "7", "--vocab_size", "999")
     assert_same(load_file(tmp_path / "second" / "model.safetensors"), first)
+
+
+def test_main_evaluates_alone(
+    run: Callable[..., list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--save_strategy", "no")
+    trained, said = pd.read_csv(tmp_path / "out" / "exits.csv"), capsys.readouterr().out.splitlines()[-1]
+    flags = ["--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "scores"), "--do_eval", "True"]
+    assert run(*flags) == []
+    scores = pd.read_csv(tmp_path / "scores" / "exits.csv")
+    assert scores["exit_layer"].tolist() == [1, 2]
+    # The saved model is rounded to bfloat16.
+    assert scores["loss"].tolist() == pytest.approx(trained["loss"].tolist(), rel=1e-2)
+    assert {file.name for file in (tmp_path / "scores").iterdir()} == {"exits.csv", "exits.png"}
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("Loss ")
+    assert "recommended" in said
+    assert "recommended" not in last_line
+    # While training goes on, and then trains.
+    assert run("--do_eval", "True", "--do_train", "True", "--save_strategy", "no") == [None]
+
+
+def test_main_finetunes_on_responses(run: Callable[..., list[object]], tmp_path: Path) -> None:
+    rows = [
+        {"domain": "alarm", "utterance": f"wake me at {number}", "semantic_parse": f"[IN:WAKE {number} ]"}
+        for number in range(8)
+    ]
+    for split in ("train", "eval"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--recipe", "finetune_topv2_1.5b", "--data_path", str(tmp_path), "--bf16", "False", "--max_steps", "2"]
+    run(*flags, "--block_size", "128", "--e_scale", "0.5", "--save_strategy", "no")
+    assert len(pd.read_csv(tmp_path / "out" / "exits.csv")) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 270
+
+
+def test_main_trains_a_given_configuration_on_a_stream(run: Callable[..., list[object]], tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    run("--save_strategy", "no", "--max_steps", "1")
+    (tmp_path / "hub").mkdir()
+    rows = [json.dumps({"text": f"def f{number}(x):\n    return x + {number}\n"}) for number in range(40)]
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join(rows))
+    flags = ["--hub_dataset", str(tmp_path / "hub"), "--streaming", "True", "--tokenizer", str(tmp_path / "out")]
+    flags += ["--config", str(tmp_path / "out" / "config.json"), "--output_dir", str(tmp_path / "second")]
+    run(*flags, "--hidden_size", "48", "--num_layers", "5", "--stream_held_out", "5", "--save_strategy", "no")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "second").config
+    assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (2, 16, True)
 
 
 @pytest.mark.parametrize(
@@ -670,6 +720,12 @@ def test_main_goes_on_from_a_model(run: Callable[..., list[object]], tmp_path: P
         ("--file_pattern *.txt", "--data_path"),
         ("--file_pattern /abs", "--file_pattern"),
         ("--model {tmp}/nowhere", "--model: {tmp}/nowhere"),
+        ("--config {tmp}/nowhere", "--config: {tmp}/nowhere"),
+        ("--config {tmp}/empty --model {tmp}/empty", "--config"),
+        ("--recommend_samples -1", "--recommend_samples"),
+        ("--recommend_tokens 0", "--recommend_tokens"),
+        ("--hub_dataset {tmp}/nowhere", "--hub_dataset: {tmp}/nowhere"),
+        ("--dataset human_eval", "--dataset human_eval"),
         ("--tokenizer {tmp}/empty", "--tokenizer: {tmp}/empty"),
         ("--resume_from_checkpoint {tmp}/empty", "--resume_from_checkpoint: {tmp}/empty"),
     ],
@@ -699,21 +755,3 @@ def test_missing_data_path_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert exit_info.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "--data_path" in line
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(texts_folder: Path, tmp_path: Path) -> None:
-    # Full dropout of the last layer at every step: each process must still find a gradient for all parameters.
-    flags = [*train_flags(tmp_path), "--data_path", str(texts_folder), "--p_max", "1.0"]
-    flags += ["--layer_dropout_schedule", "constant", "--optim", "sgd", "--learning_rate", "0.3"]
-    script = str(Path(train.__file__))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, script, *flags], check=True, env=environment)
-    flags += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "1"]
-    flags += ["--ddp_backend", "gloo", "--ddp_find_unused_parameters", "False"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, script, *flags], check=True, env=environment)
-    assert {folder.name for folder in (tmp_path / "two").glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
-    one, two = (load_file(tmp_path / name / "checkpoint-3" / "model.safetensors") for name in ("out", "two"))
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, rtol=0, atol=1e-5)
