@@ -29,7 +29,7 @@ from data import TextArguments
 from self_speculation.exit_evaluation import exit_table, plot_exits
 from self_speculation.recommendation import recommend
 from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
-from self_speculation.training_data import PackedTexts, Packing, Responses, collate, train_tokenizer
+from self_speculation.training_data import PackedTexts, Packing, Responses, StreamedTexts, collate, train_tokenizer
 from texts import Examples, Sizes, Stream, Texts, read_source
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -176,8 +176,8 @@ def only_evaluates(training: TrainingArguments) -> bool:
 def save(trainer: LayerSkipTrainer) -> None:
     """Write the model in bfloat16; called by all processes, of which the first writes."""
     model = trainer.whole_model()
-    model.config.use_cache = True  # The Trainer turns it off.
-    if trainer.is_world_process_zero():
+    if model is not None:
+        model.config.use_cache = True  # The Trainer turns it off.
         model.to(torch.bfloat16).save_pretrained(trainer.args.output_dir)
 
 
@@ -201,12 +201,14 @@ def report(table: pd.DataFrame, output: Path) -> str:
 
 def make_trainer(
     model: LlamaForCausalLM,
-    datasets: tuple[PackedTexts | Responses, PackedTexts | Responses],
+    datasets: tuple[PackedTexts | StreamedTexts | Responses, PackedTexts | Responses],
     layerskip: LayerSkipArguments,
     training: TrainingArguments,
 ) -> LayerSkipTrainer:
     """The trainer; says how much there is to train, and on what."""
     blocks, held_out = datasets
+    if isinstance(blocks, StreamedTexts) and training.max_steps < 1:
+        raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
     trainer = LayerSkipTrainer(
         model, training, train_dataset=blocks, eval_dataset=held_out, data_collator=collate, layerskip=layerskip
     )

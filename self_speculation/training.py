@@ -167,14 +167,15 @@ class LayerSkipTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return None, model(**inputs).logits, num_labels(inputs["labels"])
 
-    def whole_model(self) -> LlamaForCausalLM:
-        """The model with all its weights, which FSDP has spread over the processes; all of them must call this."""
-        if not self.is_fsdp_enabled:
+    def whole_model(self) -> LlamaForCausalLM | None:
+        """On the first process, the model with all its weights, which FSDP has spread; all processes must call this."""
+        state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if not self.is_world_process_zero():
+            return None
+        if state_dict is None:
             return self.model
-        state_dict = self.accelerator.get_state_dict(self.model)
         whole = LlamaForCausalLM(self.model.config)
-        if self.is_world_process_zero():  # The others were given none.
-            whole.load_state_dict(state_dict)
+        whole.load_state_dict(state_dict)
         return whole
 
     def _init_training_state(

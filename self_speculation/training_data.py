@@ -23,11 +23,12 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from self_speculation.early_exit_loss import IGNORED_LABEL
+
 BOS_TOKEN = "<s>"
 EOS_TOKEN = "</s>"
 # A line break with the indentation after it is one piece, as is a word with the space before it.
 CODE_PIECES = r"[\r\n]+[ \t]*| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+"
-IGNORED_LABEL = -100
 # Texts that are tokenised in one call.
 TEXTS_AT_ONCE = 256
 # Part of the cache's key: to be raised when blocks are made in another way.

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "self_speculation"
 RANKS = (
     "sampling stopping layer_dropout early_exit_loss interactive hardware run_log acceptance grid_pictures metrics "
-    "code_execution tensor_memory muon training_data",
-    "cache verification exit_evaluation",
+    "code_execution tensor_memory muon",
+    "cache verification exit_evaluation training_data",
     "fused_layers",
     "early_exit draft_head",
     "decoding_state continuation_scores",

@@ -65,6 +65,14 @@ def test_recipe_says_the_command_that_runs_it(name: str) -> None:
     assert parsed(*flags)["recipe"] == name
 
 
+def test_the_readmes_commands_are_understood() -> None:
+    text = (Path(train.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^(?:python|torchrun .*) train\.py (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        assert parsed(*shlex.split(command))["output_dir"].startswith("runs/")
+
+
 def test_flags_beside_a_recipe_win(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("p_max: 0.3\nexit_layers: [2, 4]\nrotation_interval: 5\nseed: 7\n")

@@ -32,8 +32,9 @@ def test_live_bytes_are_counted_once_and_forgotten() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("bf16", "gradient_checkpointing"), [(False, False), (True, True)])
 def test_early_exits_take_hardly_more_memory_and_less_than_transformers_loss(
-    bf16: bool, gradient_checkpointing: bool
+    bf16: bool, gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = CostArguments(
         num_layers=3,
         hidden_size=32,
@@ -53,3 +54,14 @@ def test_early_exits_take_hardly_more_memory_and_less_than_transformers_loss(
     # Chunks are what keeps it low: with all positions at once the logits show.
     arguments.loss_chunk_tokens = 64
     assert peak_bytes(named[BASE], arguments) > 1.15 * base
+
+
+@pytest.mark.gpu
+def test_early_exits_take_hardly_more_of_the_gpus_memory() -> None:
+    arguments = CostArguments(num_layers=8, hidden_size=512, batch_size=8, block_size=1024, bf16=True)
+    named = variants(arguments.num_layers)
+    plain, base, every = (
+        peak_bytes(named[name], arguments) for name in ("transformers' loss", BASE, "early exits, R = 1")
+    )
+    assert every <= 1.15 * base
+    assert every < plain

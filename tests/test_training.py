@@ -29,7 +29,7 @@ from data import TextArguments, read_texts, split_held_out
 from self_speculation.exit_evaluation import evaluate_exits
 from self_speculation.muon import MuonWithAdamW
 from self_speculation.training import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
-from self_speculation.training_data import PackedTexts, train_tokenizer
+from self_speculation.training_data import PackedTexts, StreamedTexts, train_tokenizer
 
 MakeModel = Callable[..., LlamaForCausalLM]
 Blocks = list[dict[str, Tensor]]
@@ -254,6 +254,18 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert_same(weights(resumed), weights(whole))
     changed = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert not torch.equal(changed["lm_head.weight"], whole.lm_head.weight)
+
+
+def test_resumed_stream_goes_on_where_it_was(tiny: MakeModel, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n"], 260)
+    stream = StreamedTexts(lambda: (f"x = {number}\n" for number in range(50)), tokenizer, 8, separate=True)
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = tiny(), tiny(initializer_range=0.01)
+    make_trainer(whole, tmp_path, stream, LayerSkipArguments(), **options).train()
+    again = make_trainer(resumed, tmp_path, stream, LayerSkipArguments(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [step for step, _, _ in again.trace] == [2, 3, 4]
+    assert_same(weights(resumed), weights(whole))
 
 
 def test_resuming_a_complete_run_trains_no_further(tiny: MakeModel, tmp_path: Path) -> None:
@@ -684,7 +696,9 @@ def test_main_finetunes_on_responses(run: Callable[..., list[object]], tmp_path:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 270
 
 
-def test_main_trains_a_given_configuration_on_a_stream(run: Callable[..., list[object]], tmp_path: Path) -> None:
+def test_main_trains_a_given_configuration_on_a_stream(
+    run: Callable[..., list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("datasets")
     run("--save_strategy", "no", "--max_steps", "1")
     (tmp_path / "hub").mkdir()
@@ -695,6 +709,9 @@ def test_main_trains_a_given_configuration_on_a_stream(run: Callable[..., list[o
     run(*flags, "--hidden_size", "48", "--num_layers", "5", "--stream_held_out", "5", "--save_strategy", "no")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "second").config
     assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (2, 16, True)
+    with pytest.raises(SystemExit):
+        run(*flags, "--max_steps", "-1")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --max_steps must be given with --streaming")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from self_speculation.layer_dropout import DropoutRates, LayerDropout
 from self_speculation.training import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
 from self_speculation.training_data import PackedTexts, collate, train_tokenizer
 
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 240
 # Of two layers, the first is never dropped.
 NUM_LAYERS, NUM_STEPS = 2, 4
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -149,7 +149,12 @@ def flags(tmp_path: Path) -> list[str]:
 def run_script(flags: list[str], num_processes: int = 1) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     command = [sys.executable, *(launch if num_processes > 1 else []), str(Path(train.__file__)), *flags]
-    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=LIMIT_SECONDS, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            _, said = process.communicate(timeout=LIMIT_SECONDS)
+        finally:
+            process.terminate()  # Not killed: torchrun ends its own processes when it is asked to end.
+    assert process.returncode == 0, said.decode()[-2000:]
 
 
 def logged(output: Path, name: str) -> list[float]:
