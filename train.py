@@ -190,7 +190,7 @@ def recommended(run: RunArguments, trainer: LayerSkipTrainer) -> str:
 
 
 def report(table: pd.DataFrame, output: Path) -> str:
-    """Write and print how good the exits are; a line's beginning about the last and the best of the others."""
+    """Write and print how good the exits are; returns the summary's first words."""
     output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "exits.csv", index=False)
     plot_exits(table, output / "exits.png")
