@@ -181,6 +181,21 @@ def test_task_rows_of_one_file_are_split(tmp_path: Path) -> None:
         read_source(TextArguments(dataset="human_eval"), seed=1)
 
 
+def test_task_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return [{"question": f"{split} {number}", "answer": "42"} for number in range(3)]
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = read_source(TextArguments(dataset="gsm8k"), seed=1)
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
+    assert {example.row["question"].split()[0] for example in source.training} == {"train"}
+    assert {example.row["question"].split()[0] for example in source.held_out} == {"test"}
+
+
 def test_a_long_article_is_cut_and_its_summary_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     row = {"document": "word " * 300, "summary": "all of the summary"}
     write_rows(tmp_path / "rows.jsonl", [row, row | {"summary": "the other"}])
