@@ -84,21 +84,29 @@ class Examples:
 
     def datasets(self, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> tuple[Responses, Responses]:
         """Sequences to train on, and to evaluate on."""
-        held_out = self.held_out[: sizes.eval_blocks]
-        pairs = [[_pair(example, tokenizer, sizes.block_size) for example in own] for own in (self.training, held_out)]
-        return Responses(pairs[0], tokenizer, sizes.block_size), Responses(pairs[1], tokenizer, sizes.block_size)
+        training, held_out = (
+            Responses(_pairs(own, tokenizer, sizes.block_size), tokenizer, sizes.block_size)
+            for own in (self.training, self.held_out[: sizes.eval_blocks])
+        )
+        return training, held_out
 
 
-def _pair(example: Example, tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[str, str]:
-    """Prompt and response; where both have more than `block_size` tokens, the prompt's body is cut to make room."""
+def _pairs(examples: list[Example], tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[tuple[str, str]]:
+    """Prompts and responses; where both have more than `block_size` tokens, the prompt's body is cut to make room."""
+    # All at once is much faster than one by one. A response's `<s>` or the like stands for its end token.
+    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    responses = tokenizer([example.response for example in examples])["input_ids"]
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    # Counts the response's first token, `<s>` or the like, which stands for the end token.
-    room = block_size - count_tokens(example.response)
-    [fitted], _ = fit([example], count_tokens, PromptLimit(room, max(block_size, count_tokens(example.prompt))))
-    return fitted.prompt, fitted.response
+    pairs = []
+    for example, prompt, response in zip(examples, prompts, responses, strict=True):
+        room = block_size - len(response)
+        if len(prompt) > room:
+            [example], _ = fit([example], count_tokens, PromptLimit(room, len(prompt)))
+        pairs.append((example.prompt, example.response))
+    return pairs
 
 
 def read_source(arguments: TextArguments, seed: int) -> Texts | Stream | Examples:
