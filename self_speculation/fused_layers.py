@@ -182,8 +182,9 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
+@torch.inference_mode(False)
 def _side_by_side(*linears: nn.Linear) -> Tensor:
-    """The weights as one matrix, of which each becomes a view."""
+    """The weights as one matrix, of which each becomes a view; one that can be trained, wherever this is called."""
     fused = torch.cat([linear.weight.data for linear in linears])
     first = 0
     for linear in linears:

@@ -107,6 +107,18 @@ def test_the_model_stays_an_ordinary_one(make_model: MakeModel, tmp_path: Path, 
     assert torch.equal(*answers)
 
 
+def test_a_model_that_has_decoded_can_be_trained(
+    make_model: MakeModel, tokens: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Decoding runs in inference mode, and what is made there knows no gradients."""
+    model = make_model()
+    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model))
+    generator.generate([[5, 6]], GenerationConfig(max_steps=2, sample=False))
+    assert all(is_fused(model))
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_training_goes_on_and_is_seen(make_model: MakeModel, tokens: Tensor) -> None:
     model, untouched = make_model(), make_model()
     fuse(model)
