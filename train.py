@@ -25,12 +25,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from arguments import one_sentence_errors, parse, with_recipe
-from data import TextArguments
+from data import Examples, Sizes, Stream, TextArguments, Texts, read_source
+from self_speculation.draft_head import save_counts
 from self_speculation.exit_evaluation import exit_table, plot_exits
 from self_speculation.recommendation import recommend
 from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
 from self_speculation.training_data import PackedTexts, Packing, Responses, StreamedTexts, collate, train_tokenizer
-from texts import Examples, Sizes, Stream, Texts, read_source
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -245,6 +245,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         table = exit_table(metrics, model.config.num_hidden_layers, prefix="eval_")
         summary = report(table, Path(training.output_dir))
+        if not only_evaluates(training):
+            save_counts(datasets[0].token_counts(model.config.vocab_size), Path(training.output_dir))
         advice = "" if only_evaluates(training) else recommended(run, trainer)
         print(f"{summary}{advice}; saved in {training.output_dir}.")
 

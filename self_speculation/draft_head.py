@@ -7,7 +7,6 @@ full model's. It pays where the head is large beside the layers that draft.
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N tokens that can be drafted.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +75,6 @@ def token_order(folder: Path, vocab_size: int) -> Tensor:
     return torch.from_numpy(np.argsort(-counts_V, kind="stable"))
 
 
-def save_counts(counts: Counter[int], vocab_size: int, folder: Path) -> None:
-    """Keep beside a checkpoint how often each token occurs in its training text."""
-    np.save(folder / COUNTS_FILE, np.array([counts[token] for token in range(vocab_size)], dtype=np.int64))
+def save_counts(counts_V: Tensor, folder: Path) -> None:
+    """Keep beside a checkpoint how often each token (V) occurs in its training text."""
+    np.save(folder / COUNTS_FILE, counts_V.numpy())

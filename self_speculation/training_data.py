@@ -10,6 +10,7 @@ Shapes: T positions of a block, B batch.
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -123,6 +124,10 @@ class PackedTexts(Dataset):
     def __str__(self) -> str:
         return f"{self.blocks.numel():,} tokens"
 
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """How often each token (V) occurs."""
+        return self.blocks.flatten().bincount(minlength=vocab_size)
+
     def prompts(self, count: int) -> list[list[int]]:
         """The first halves of the first blocks, to be gone on from."""
         return self.blocks[:count, : self.blocks.shape[1] // 2].tolist()
@@ -169,6 +174,7 @@ class StreamedTexts(IterableDataset):
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.separate = separate
+        self.counts: Counter[int] = Counter()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         marked = chain.from_iterable(
@@ -176,10 +182,15 @@ class StreamedTexts(IterableDataset):
         )
         while len(block := list(islice(marked, self.block_size))) == self.block_size:
             ids, is_first = zip(*block, strict=True)
+            self.counts.update(ids)
             yield block_item(torch.tensor(ids), torch.tensor(is_first), self.separate)
 
     def __str__(self) -> str:
         return "a stream"
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """How often each token (V) occurred in what this process has read."""
+        return torch.tensor([self.counts[token] for token in range(vocab_size)])
 
 
 class Responses(Dataset):
@@ -206,6 +217,11 @@ class Responses(Dataset):
     def __str__(self) -> str:
         left_out = f" ({self.num_too_long:,} more are too long)" if self.num_too_long else ""
         return f"{len(self):,} responses{left_out}"
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """How often each token (V) occurs in the responses: those are what is drafted."""
+        ids_N = torch.tensor([token for _, response in self.examples for token in response])
+        return ids_N.bincount(minlength=vocab_size)
 
     def prompts(self, count: int) -> list[list[int]]:
         """The first prompts."""

@@ -1,7 +1,6 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """The trimmed draft head: the frequent tokens' rows, nothing else; and an output that stays the full model's."""
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +21,13 @@ MakeModel = Callable[..., LlamaForCausalLM]
 
 def test_the_counts_order_the_tokens(tmp_path: Path) -> None:
     """The most frequent first; equally frequent ones as in the vocabulary."""
-    save_counts(Counter({3: 5, 1: 9, 4: 5}), 6, tmp_path)
+    save_counts(torch.tensor([0, 9, 0, 5, 5, 0]), tmp_path)
     assert token_order(tmp_path, 6).tolist() == [1, 3, 4, 0, 2, 5]
     assert token_order(tmp_path / "elsewhere", 4).tolist() == [0, 1, 2, 3]
 
 
 def test_counts_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
-    save_counts(Counter(), 6, tmp_path)
+    save_counts(torch.zeros(6), tmp_path)
     with pytest.raises(ValueError, match=rf"{COUNTS_FILE} has counts of shape \(6,\), not one for each of 7 tokens."):
         token_order(tmp_path, 7)
     (tmp_path / COUNTS_FILE).write_text("no array")

@@ -25,7 +25,7 @@ RANKS = (
     "evaluation",
     "evaluation_report",
     "arguments data",
-    "synthetic texts",
+    "synthetic",
     "generate correctness train benchmark eval sweep exit_scores batch_sizes hardware_limit training_cost",
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import TextArguments
+from data import Examples, Sizes, Stream, TextArguments, Texts, read_source
 from self_speculation import training_data
 from self_speculation.training_data import PackedTexts, Packing, Responses, StreamedTexts, collate
-from texts import Examples, Sizes, Stream, Texts, read_source
 
 MakeModel = Callable[..., LlamaForCausalLM]
 TEXTS = [
@@ -231,3 +231,18 @@ def test_train_imports_without_datasets() -> None:
 def test_real_parses_are_read(tokenizer: PreTrainedTokenizerFast, data_folder: Path) -> None:
     source = read_source(TextArguments(dataset="top_v2", data_path=[str(data_folder / "topv2")]), seed=1)
     assert (len(source.training), len(source.held_out)) == (124_597, 17_160)
+
+
+def test_tokens_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    """In all blocks of texts, in what has been read of a stream, in responses without their prompts."""
+    texts = ["def add(a, b):\n    return a + b\n"] * 9
+    packed = PackedTexts(texts, tokenizer, 16)
+    expected = Counter(packed.blocks.flatten().tolist())
+    assert packed.token_counts(300).tolist() == [expected[token] for token in range(300)]
+    stream = StreamedTexts(lambda: texts, tokenizer, 16, separate=True)
+    assert stream.token_counts(300).sum() == 0
+    assert len(list(stream)) == len(packed)
+    assert torch.equal(stream.token_counts(300), packed.token_counts(300))
+    responses = Responses([("for i in", "range")] * 2, tokenizer, 64)
+    ids = Counter(tokenizer("range", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+    assert responses.token_counts(300).tolist() == [2 * ids[token] for token in range(300)]

@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import train
 from data import TextArguments, read_texts, split_held_out
+from self_speculation.draft_head import COUNTS_FILE
 from self_speculation.exit_evaluation import evaluate_exits
 from self_speculation.muon import MuonWithAdamW
 from self_speculation.training import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
@@ -638,6 +639,7 @@ def test_main_trains_resumes_and_writes_what_transformers_loads(
     assert table["loss"].between(0, 10).all()
     assert (output / "exits.png").read_bytes().startswith(b"\x89PNG")
     advice = json.loads((output / "layerskip.json").read_text())
+    assert (output / COUNTS_FILE).is_file()
     said = capsys.readouterr().out
     assert "exit_layer" in said
     last_line = said.splitlines()[-1]
