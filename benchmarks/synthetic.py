@@ -36,7 +36,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.loading import DTYPES, RECOMMENDATION_FILE
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
-from self_speculation.training import train_tokenizer
+from self_speculation.training_data import train_tokenizer
 
 CONTEXT = 4096
 PROMPT_TOKENS = 32
