@@ -1,0 +1,212 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""What experiments on small models share: their shape, training that a kill only interrupts, and speed side by side."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from self_speculation.benchmarking import Contestant, Round, interleaved, speedup, totals
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
+
+HEAD_WIDTH = 32
+CONTEXT = 1024
+# What training has written so far stands in a folder of this name until the model is whole.
+UNFINISHED = ".incomplete"
+AUTOREGRESSIVE = "autoregressive"
+
+
+@dataclass
+class SmallModelArguments:
+    """A small Llama, and how long and how fast it learns."""
+
+    num_layers: int = field(default=8, metadata={"help": "Layers, a multiple of four."})
+    hidden_size: int = field(default=128, metadata={"help": "Width; heads are 32 wide, the MLP 8/3 as wide."})
+    vocab_size: int = field(default=2048, metadata={"help": "Tokens of the tokenizer that is trained first."})
+    train_steps: int = field(default=300, metadata={"help": "Optimisation steps of a model."})
+    train_batch_size: int = field(default=8, metadata={"help": "Sequences in a step."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate; it falls to zero linearly."})
+    warmup_steps: int = field(default=20, metadata={"help": "Steps in which the learning rate rises."})
+    save_steps: int = field(
+        default=50, metadata={"help": "Steps between checkpoints; a killed run goes on from the last."}
+    )
+    bf16: bool = field(default=True, metadata={"help": "Multiply in bfloat16 while training; weights are float32."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "vocab_size", "train_steps", "train_batch_size", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.num_layers % 4:
+            raise ValueError(f"--num_layers must be a multiple of four, not {self.num_layers}.")
+        if self.hidden_size % (2 * HEAD_WIDTH):
+            raise ValueError(f"--hidden_size must be a multiple of {2 * HEAD_WIDTH}, not {self.hidden_size}.")
+
+    @property
+    def quarters(self) -> tuple[int, int, int]:
+        """The exit layers L/4, L/2 and 3L/4."""
+        quarter = self.num_layers // 4
+        return quarter, 2 * quarter, 3 * quarter
+
+    def model(self, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+        """A new model, random by torch's seed; two query heads share a key and value head."""
+        heads = self.hidden_size // HEAD_WIDTH
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.hidden_size * 8 // 3,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+        return LlamaForCausalLM(config)
+
+    def training(self, folder: Path, seed: int) -> TrainingArguments:
+        """The Trainer's settings for a run."""
+        return TrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            max_steps=self.train_steps,
+            per_device_train_batch_size=self.train_batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            weight_decay=0.1,
+            lr_scheduler_type="linear",
+            bf16=self.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            save_steps=self.save_steps,
+            save_total_limit=1,
+            logging_steps=20,
+            report_to="none",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The examples to learn from, their tokenizer, and what makes a batch of them."""
+
+    examples: Dataset | list[dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase
+    collator: Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to train with a seed and LayerSkip's settings, into a folder that is whole or absent."""
+
+    folder: Path
+    seed: int
+    layerskip: LayerSkipArguments
+
+    def model(self, arguments: SmallModelArguments, data: TrainingSet) -> LlamaForCausalLM:
+        """The trained model, in evaluation mode: trained now, from its last checkpoint if there is one, or loaded."""
+        if not self.folder.is_dir():
+            self._train(arguments, data)
+        return LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def _train(self, arguments: SmallModelArguments, data: TrainingSet) -> None:
+        unfinished = self.folder.with_name(self.folder.name + UNFINISHED)
+        set_seed(self.seed)
+        trainer = LayerSkipTrainer(
+            arguments.model(data.tokenizer),
+            arguments.training(unfinished, self.seed),
+            train_dataset=data.examples,
+            data_collator=data.collator,
+            layerskip=self.layerskip,
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(unfinished) if unfinished.is_dir() else None)
+        trainer.model.config.use_cache = True  # The Trainer turns it off.
+        trainer.model.save_pretrained(unfinished / "model")
+        data.tokenizer.save_pretrained(unfinished / "model")
+        os.replace(unfinished / "model", self.folder)
+        shutil.rmtree(unfinished)
+
+
+def kept_tokenizer(folder: Path, train: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, trained and put there if there is none yet."""
+    if not folder.is_dir():
+        unfinished = folder.with_name(folder.name + UNFINISHED)
+        train().save_pretrained(unfinished)
+        os.replace(unfinished, folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An exit layer E and a draft length d."""
+
+    exit_layer: int
+    num_speculations: int
+
+    @property
+    def name(self) -> str:
+        """As tables write it."""
+        return f"E={self.exit_layer}, d={self.num_speculations}"
+
+
+class SideBySide:
+    """Autoregressive and greedy self-speculative decoding of the same prompts, interleaved; each prompt in turn."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, cells: Sequence[Cell], max_steps: int
+    ) -> None:
+        config = GenerationConfig(sample=False, max_steps=max_steps)
+        configs = {AUTOREGRESSIVE: config.generation()} | {
+            cell.name: config.generation(
+                generation_strategy="self_speculative",
+                exit_layer=cell.exit_layer,
+                num_speculations=cell.num_speculations,
+            )
+            for cell in cells
+        }
+        self.contestants = {name: Contestant.of(model, tokenizer, config) for name, config in configs.items()}
+
+    def rounds(self, prompts: list[list[int]], repeats: int) -> dict[str, list[Round]]:
+        """Each way's answers to all prompts, `repeats` times over."""
+        for contestant in self.contestants.values():
+            contestant.warm_up(prompts[0])
+        rounds: dict[str, list[Round]] = {name: [] for name in self.contestants}
+        for repeat in range(repeats):
+            for own in rounds.values():
+                own.append(Round())
+            for number, prompt in enumerate(tqdm(prompts, desc="Decoding", unit="prompt", leave=False)):
+                for name, measurement in interleaved(self.contestants, prompt, turn=repeat + number).items():
+                    rounds[name][-1].measurements.append(measurement)
+        return rounds
+
+
+def fastest(rounds: dict[str, list[Round]]) -> str:
+    """The way other than autoregressive decoding with the most tokens a second over all rounds."""
+    together = {
+        name: Round([measurement for one in own for measurement in one.measurements])
+        for name, own in rounds.items()
+        if name != AUTOREGRESSIVE
+    }
+    return max(together, key=lambda name: together[name].tokens_per_second)
+
+
+def decoding_figures(own: list[Round], baseline: list[Round]) -> dict[str, Any]:
+    """Speed, acceptance and speed-up of one way, and how many of its answers differ from autoregressive ones."""
+    pairs = zip(own[0].measurements, baseline[0].measurements, strict=True)
+    different = sum(mine.tokens != theirs.tokens for mine, theirs in pairs)
+    return totals(own) | speedup(own, baseline) | {"different_answers": different}
