@@ -35,9 +35,12 @@ from benchmarks.small_models import (
     SideBySide,
     SmallModelArguments,
     TrainingSet,
+    begin,
     decoding_figures,
     fastest,
+    greedy,
     kept_tokenizer,
+    markdown,
 )
 from data import TextArguments, read_texts, split_held_out
 from self_speculation.hardware import surroundings
@@ -165,7 +168,7 @@ class Ablation:
         """
         quarter, half, _ = self.sizes.quarters
         cells = [Cell(exit_layer, d) for exit_layer in (quarter, half) for d in self.arguments.num_speculations]
-        side_by_side = SideBySide(model, texts.train.tokenizer, cells, self.arguments.max_steps)
+        side_by_side = SideBySide(model, texts.train.tokenizer, greedy(self.arguments.max_steps, cells))
         middle = len(texts.prompts) // 2
         chosen = fastest(side_by_side.rounds(texts.prompts[:middle], self.arguments.repeats))
         rounds = side_by_side.rounds(texts.prompts[middle:], self.arguments.repeats)
@@ -276,20 +279,11 @@ def report(log: RunLog, ablation: Ablation) -> pd.DataFrame:
     table = summary(runs)
     text = as_text(table)
     table.to_csv(log.folder / "ablation.csv")
-    columns = ["figure", *text.columns]
-    ruled = [columns, ["---"] + ["--:"] * len(text.columns), *([name, *row] for name, row in text.T.items())]
-    (log.folder / "ablation.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in ruled), encoding="utf-8")
+    (log.folder / "ablation.md").write_text(markdown(text), encoding="utf-8")
     draw(exit_losses(lines), table, log.folder / "ablation.png")
     document = json.loads(log.document.read_text(encoding="utf-8"))
     log.write(document | {"surroundings": surroundings(torch.device("cpu")), "models": runs.to_dict("records")})
     return text
-
-
-def begin(log: RunLog, arguments: AblationArguments, settings: dict[str, Any]) -> None:
-    """Start the log or go on with it; what was found stays as it is when seeds are added."""
-    if log.document.is_file() and not arguments.resume:
-        raise ValueError(f"--output_dir {log.folder} has a run already; --resume True goes on with it.")
-    log.begin({name: value for name, value in settings.items() if name != "seeds"}, arguments.resume)
 
 
 @one_sentence_errors()
@@ -298,7 +292,8 @@ def main() -> None:
         AblationArguments, SmallModelArguments, LayerSkipArguments, OutputArguments
     )
     log = RunLog(Path(output.output_dir), "ablation")
-    begin(log, arguments, {name: value for group in groups for name, value in asdict(group).items()})
+    settings = {name: value for group in groups for name, value in asdict(group).items() if name != "seeds"}
+    begin(log, settings, arguments.resume)
     texts = Texts.read(arguments, sizes.vocab_size, log.folder / "tokenizer")
     ablation = Ablation(arguments, sizes, both)
     ablation.complete(log, texts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.benchmarking import Contestant, Round, interleaved, speedup, totals
 from self_speculation.generator_base import GenerationConfig
+from self_speculation.run_log import RunLog
 from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
 
 HEAD_WIDTH = 32
@@ -81,8 +83,8 @@ class SmallModelArguments:
         )
         return LlamaForCausalLM(config)
 
-    def training(self, folder: Path, seed: int) -> TrainingArguments:
-        """The Trainer's settings for a run."""
+    def training(self, folder: Path, seed: int, is_ragged: bool) -> TrainingArguments:
+        """The Trainer's settings for a run; batches of ragged examples are of like lengths."""
         return TrainingArguments(
             output_dir=str(folder),
             seed=seed,
@@ -94,6 +96,7 @@ class SmallModelArguments:
             lr_scheduler_type="linear",
             bf16=self.bf16,
             use_cpu=not torch.cuda.is_available(),
+            train_sampling_strategy="group_by_length" if is_ragged else "random",
             save_steps=self.save_steps,
             save_total_limit=1,
             logging_steps=20,
@@ -108,6 +111,8 @@ class TrainingSet:
     examples: Dataset | list[dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase
     collator: Callable[[list[Any]], dict[str, Any]]
+    # Whether examples are of different lengths, so that those of a batch had better be alike.
+    is_ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Run:
         set_seed(self.seed)
         trainer = LayerSkipTrainer(
             arguments.model(data.tokenizer),
-            arguments.training(unfinished, self.seed),
+            arguments.training(unfinished, self.seed, data.is_ragged),
             train_dataset=data.examples,
             data_collator=data.collator,
             layerskip=self.layerskip,
@@ -151,6 +156,24 @@ def kept_tokenizer(folder: Path, train: Callable[[], PreTrainedTokenizerFast]) -
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def begin(log: RunLog, settings: dict[str, Any], resume: bool) -> None:
+    """Start a log in a folder that has none, or go on with it: models in it were trained with its settings.
+
+    Raises:
+        ValueError: there is a run and it is not to be resumed, or it had other settings.
+    """
+    if log.document.is_file() and not resume:
+        raise ValueError(f"--output_dir {log.folder} has a run already; --resume True goes on with it.")
+    log.begin(settings, resume)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table with its index as the first column; figures are aligned to the right."""
+    head = [table.index.name or "", *table.columns]
+    ruled = [head, ["---"] + ["--:"] * len(table.columns), *([name, *row] for name, row in table.T.items())]
+    return "".join(f"| {' | '.join(row)} |\n" for row in ruled)
+
+
 @dataclass(frozen=True)
 class Cell:
     """An exit layer E and a draft length d."""
@@ -164,27 +187,35 @@ class Cell:
         return f"E={self.exit_layer}, d={self.num_speculations}"
 
 
+def greedy(max_steps: int, cells: Sequence[Cell]) -> dict[str, GenerationConfig]:
+    """Autoregressive and self-speculative decoding at each cell, by the names that tables give them."""
+    config = GenerationConfig(sample=False, max_steps=max_steps)
+    return {AUTOREGRESSIVE: config} | {
+        cell.name: config.generation(
+            generation_strategy="self_speculative",
+            exit_layer=cell.exit_layer,
+            num_speculations=cell.num_speculations,
+        )
+        for cell in cells
+    }
+
+
 class SideBySide:
-    """Autoregressive and greedy self-speculative decoding of the same prompts, interleaved; each prompt in turn."""
+    """Ways of decoding the same prompts, interleaved."""
 
     def __init__(
-        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, cells: Sequence[Cell], max_steps: int
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, configs: dict[str, GenerationConfig]
     ) -> None:
-        config = GenerationConfig(sample=False, max_steps=max_steps)
-        configs = {AUTOREGRESSIVE: config.generation()} | {
-            cell.name: config.generation(
-                generation_strategy="self_speculative",
-                exit_layer=cell.exit_layer,
-                num_speculations=cell.num_speculations,
-            )
-            for cell in cells
-        }
         self.contestants = {name: Contestant.of(model, tokenizer, config) for name, config in configs.items()}
+
+    def warm_up(self, prompt: list[int]) -> None:
+        """A short answer of each that no one counts."""
+        for contestant in self.contestants.values():
+            contestant.warm_up(prompt)
 
     def rounds(self, prompts: list[list[int]], repeats: int) -> dict[str, list[Round]]:
         """Each way's answers to all prompts, `repeats` times over."""
-        for contestant in self.contestants.values():
-            contestant.warm_up(prompts[0])
+        self.warm_up(prompts[0])
         rounds: dict[str, list[Round]] = {name: [] for name in self.contestants}
         for repeat in range(repeats):
             for own in rounds.values():

@@ -1,0 +1,198 @@
+# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
+"""A small model learns TOPv2's semantic parses by the paper's recipe: what do early exit and self-speculation keep?
+
+python benchmarks/topv2.py --data_path "$LAYERSKIP_DATA/topv2" --output_dir runs/topv2 --muon True --p_max 0.2 \\
+    --layer_dropout_schedule constant --e_scale 1.0 --early_exit_curriculum gradual
+
+Trained from scratch on TOPv2 alone, with a tokenizer of its own; the loss is of the parse, not of the utterance. Exact
+match of the full model, of early exit at 3L/4, L/2 and L/4 and of self-speculative decoding there, interleaved, beside
+the paper's 1.5B model. The trained model is a folder of OUTPUT_DIR and every measured row a line of topv2.jsonl, so a
+killed run goes on with --resume True. The table is topv2.md, all figures are topv2.json and the last line of output.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from arguments import OutputArguments, one_sentence_errors, parse
+from benchmarks.small_models import (
+    AUTOREGRESSIVE,
+    Cell,
+    Run,
+    SideBySide,
+    SmallModelArguments,
+    TrainingSet,
+    begin,
+    decoding_figures,
+    greedy,
+    kept_tokenizer,
+    markdown,
+)
+from data import DatasetArguments, Example, read_examples, read_json_lines
+from self_speculation.benchmarking import Measurement, Round, interleaved
+from self_speculation.early_exit_loss import IGNORED_LABEL
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.hardware import surroundings
+from self_speculation.run_log import RunLog
+from self_speculation.training import LayerSkipArguments, train_tokenizer
+
+# The 1.5B model of the paper's section 6, finetuned on TOPv2: exact match, acceptance and speed-up, at 18, 12 and 6
+# of 24 layers.
+PAPER = {
+    "full": {"exact match": 0.859},
+    "exit 3L/4": {"exact match": 0.833},
+    "exit L/2": {"exact match": 0.794},
+    "exit L/4": {"exact match": 0.629},
+    "self-speculative 3L/4": {"exact match": 0.829, "acceptance": 0.989, "speed-up": 1.24},
+    "self-speculative L/2": {"exact match": 0.829, "acceptance": 0.976, "speed-up": 1.64},
+    "self-speculative L/4": {"exact match": 0.829, "acceptance": 0.760, "speed-up": 2.0},
+}
+FIGURES = {"exact match": "{:.1%}", "exact match, unseen": "{:.1%}", "acceptance": "{:.1%}", "speed-up": "{:.2f}"}
+
+
+@dataclass
+class TopV2Arguments:
+    """Which rows, and how to decode them."""
+
+    data_path: str = field(metadata={"help": "Folder with TOPv2's train.jsonl and test.jsonl."})
+    num_samples: int = field(default=250, metadata={"help": "Rows of the test split to decode, drawn by --seed."})
+    max_steps: int = field(default=80, metadata={"help": "Most new tokens."})
+    num_speculations: int = field(default=8, metadata={"help": "d: tokens drafted a step."})
+    seed: int = field(default=0, metadata={"help": "Seed of the model, of its dropout and of the rows."})
+    resume: bool = field(default=False, metadata={"help": "Go on with the run in --output_dir that was interrupted."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_steps", "num_speculations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
+    def examples(self, split: str, num_samples: int) -> list[Example]:
+        """That many prompts and responses of a split."""
+        path = str(Path(self.data_path) / f"{split}.jsonl")
+        return read_examples(DatasetArguments("top_v2", data_path=path, num_samples=num_samples), self.seed)
+
+    def known_utterances(self) -> set[str]:
+        """Every utterance of the training split, also those that this run does not learn from."""
+        return {row["utterance"] for _, row in read_json_lines(Path(self.data_path) / "train.jsonl")}
+
+
+def training_set(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> TrainingSet:
+    """Prompts with their responses and the end token; only what follows the prompt is labelled."""
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [_labelled(example, tokenizer) for example in tqdm(examples, desc="Tokenising", unit="row", leave=False)]
+    return TrainingSet(rows, tokenizer, DataCollatorForSeq2Seq(tokenizer), is_ragged=True)
+
+
+def _labelled(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    prompt = tokenizer(example.prompt)["input_ids"]
+    response = [*tokenizer(example.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return {"input_ids": prompt + response, "labels": [IGNORED_LABEL] * len(prompt) + response}
+
+
+def ways(arguments: TopV2Arguments, sizes: SmallModelArguments) -> dict[str, GenerationConfig]:
+    """The full model, early exit and self-speculative decoding, by the names of the table's rows."""
+    exits = dict(zip(("3L/4", "L/2", "L/4"), reversed(sizes.quarters), strict=True))
+    cells = {name: Cell(exit_layer, arguments.num_speculations) for name, exit_layer in exits.items()}
+    decoding = greedy(arguments.max_steps, list(cells.values()))
+    full = decoding[AUTOREGRESSIVE]
+    return (
+        {"full": full}
+        | {
+            f"exit {name}": full.generation(generation_strategy="early_exit", exit_layer=exit_layer)
+            for name, exit_layer in exits.items()
+        }
+        | {f"self-speculative {name}": decoding[cell.name] for name, cell in cells.items()}
+    )
+
+
+def measure(side_by_side: SideBySide, examples: list[Example], log: RunLog) -> None:
+    """Decode what the log does not have yet; a line for each row, as soon as every way has answered it."""
+    done = {line["sample"] for line in log.lines()}
+    encode = next(iter(side_by_side.contestants.values())).generator.encode
+    side_by_side.warm_up(encode(examples[0].prompt))
+    for sample, example in enumerate(tqdm(examples, desc="Decoding", unit="row")):
+        if sample not in done:
+            answers = interleaved(side_by_side.contestants, encode(example.prompt), turn=sample)
+            answered = {name: asdict(measurement) for name, measurement in answers.items()}
+            log.append({"sample": sample, "ways": answered})
+
+
+def results(lines: Iterable[dict[str, Any]], examples: list[Example], known: set[str]) -> dict[str, dict[str, Any]]:
+    """Every way's figures: exact match, on all rows and on those whose utterance is not in train, and its speed."""
+    answers: dict[str, list[Measurement]] = {}
+    for line in sorted(lines, key=lambda line: line["sample"]):
+        for name, values in line["ways"].items():
+            answers.setdefault(name, []).append(Measurement(**values))
+    unseen = [example.row["utterance"] not in known for example in examples]
+    figures = {}
+    for name, own in answers.items():
+        right = [m.text.strip() == example.response.strip() for m, example in zip(own, examples, strict=True)]
+        new = [is_right for is_right, is_new in zip(right, unseen, strict=True) if is_new]
+        figures[name] = {
+            "exact match": sum(right) / len(right),
+            "exact match, unseen": sum(new) / len(new) if new else None,
+            "unseen": len(new),
+        } | decoding_figures([Round(own)], [Round(answers["full"])])
+    return figures
+
+
+def as_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Each way's figures, and the paper's beside those that it has."""
+    cells: dict[str, list[str]] = {}
+    for name, style in FIGURES.items():
+        cells[name] = [_cell(_shown(own).get(name), style) for own in figures.values()]
+        if name in PAPER["self-speculative L/2"]:
+            cells[f"{name}, paper"] = [_cell(PAPER[way].get(name), style) for way in figures]
+    return pd.DataFrame(cells, index=pd.Index(figures, name="decoding"))
+
+
+def _shown(own: dict[str, Any]) -> dict[str, Any]:
+    return own | {"acceptance": own["acceptance_rate"], "speed-up": own["speedup"]}
+
+
+def _cell(value: float | None, style: str) -> str:
+    return "" if value is None else style.format(value)
+
+
+def load(
+    arguments: TopV2Arguments, sizes: SmallModelArguments, layerskip: LayerSkipArguments, folder: Path
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The trained model and its tokenizer, from the folder, or trained now on one pass over random rows."""
+    examples = arguments.examples("train", sizes.train_steps * sizes.train_batch_size)
+    texts = [example.prompt + example.response for example in examples]
+    tokenizer = kept_tokenizer(folder / "tokenizer", lambda: train_tokenizer(texts, sizes.vocab_size))
+    run = Run(folder / "model", arguments.seed, layerskip)
+    return run.model(sizes, training_set(examples, tokenizer)), tokenizer
+
+
+@one_sentence_errors()
+def main() -> None:
+    arguments, sizes, layerskip, output = groups = parse(
+        TopV2Arguments, SmallModelArguments, LayerSkipArguments, OutputArguments
+    )
+    log = RunLog(Path(output.output_dir), "topv2")
+    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    examples, known = arguments.examples("test", arguments.num_samples), arguments.known_utterances()
+    begin(log, settings, arguments.resume)
+    model, tokenizer = load(arguments, sizes, layerskip, log.folder)
+    measure(SideBySide(model, tokenizer, ways(arguments, sizes)), examples, log)
+    figures = results(log.lines(), examples, known)
+    table = as_table(figures)
+    (log.folder / "topv2.md").write_text(markdown(table), encoding="utf-8")
+    log.write({"arguments": settings, "surroundings": surroundings(torch.device("cpu")), "decoding": figures})
+    print(table.to_string())
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
