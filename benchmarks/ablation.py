@@ -236,13 +236,14 @@ def exit_losses(lines: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def draw(losses: pd.DataFrame, table: pd.DataFrame, path: Path) -> None:
-    """Loss over exit layers with the spread over seeds, and acceptance at L/4 and L/2."""
+def draw(losses: pd.DataFrame, table: pd.DataFrame, path: Path) -> Figure:
+    """A picture of the loss over exit layers with the spread over seeds, and of acceptance at L/4 and L/2."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_losses(left, losses)
     _draw_acceptance(right, table)
     figure.savefig(path, dpi=110)
+    return figure
 
 
 def _draw_losses(axes: Axes, losses: pd.DataFrame) -> None:

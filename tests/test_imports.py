@@ -25,8 +25,9 @@ RANKS = (
     "evaluation",
     "evaluation_report",
     "arguments data",
-    "synthetic",
-    "generate correctness train benchmark eval sweep exit_scores batch_sizes hardware_limit training_cost",
+    "synthetic small_models",
+    "generate correctness train benchmark eval sweep exit_scores batch_sizes hardware_limit training_cost ablation "
+    "topv2",
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 FOLDERS = (PACKAGE, "benchmarks")
