@@ -38,7 +38,7 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from data import DatasetArguments, Example, read_examples, read_json_lines
+from data import DatasetArguments, Example, read_examples, read_json_lines, text_field
 from self_speculation.benchmarking import Measurement, Round, interleaved
 from self_speculation.early_exit_loss import IGNORED_LABEL
 from self_speculation.generator_base import GenerationConfig
@@ -83,7 +83,13 @@ class TopV2Arguments:
 
     def known_utterances(self) -> set[str]:
         """Every utterance of the training split, also those that this run does not learn from."""
-        return {row["utterance"] for _, row in read_json_lines(Path(self.data_path) / "train.jsonl")}
+        rows = read_json_lines(Path(self.data_path) / "train.jsonl")
+        return {plain(text_field(row, "utterance", f"train.jsonl:{number}")) for number, row in rows}
+
+
+def plain(utterance: str) -> str:
+    """An utterance without its capitals and its spacing: what differs in no more is not new."""
+    return " ".join(utterance.lower().split())
 
 
 def training_set(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> TrainingSet:
@@ -133,10 +139,10 @@ def results(lines: Iterable[dict[str, Any]], examples: list[Example], known: set
     for line in sorted(lines, key=lambda line: line["sample"]):
         for name, values in line["ways"].items():
             answers.setdefault(name, []).append(Measurement(**values))
-    unseen = [example.row["utterance"] not in known for example in examples]
+    unseen = [plain(example.row["utterance"]) not in known for example in examples]
     figures = {}
     for name, own in answers.items():
-        right = [m.text.strip() == example.response.strip() for m, example in zip(own, examples, strict=True)]
+        right = [m.text.split() == example.response.split() for m, example in zip(own, examples, strict=True)]
         new = [is_right for is_right, is_new in zip(right, unseen, strict=True) if is_new]
         figures[name] = {
             "exact match": sum(right) / len(right),

@@ -147,7 +147,7 @@ def answered(text: str, tokens: list[int], seconds: float, drafted: int) -> dict
 
 
 def test_exact_match_counts_rows_and_those_that_are_new() -> None:
-    examples = [Example("", f" parse {n}", row={"utterance": f"say {n}"}) for n in range(4)]
+    examples = [Example("", f" parse {n}", row={"utterance": f" Say  {n}"}) for n in range(4)]
     full = ["parse 0", " parse 1", "parse 2", "parse 1"]
     early = ["parse 0", "nothing", "parse", "parse 3"]
     lines = [
@@ -180,6 +180,15 @@ def test_exact_match_counts_rows_and_those_that_are_new() -> None:
         "speed-up, paper": "1.64",
     }
     assert table.loc["full", "acceptance"] == ""
+
+
+@pytest.mark.slow
+def test_utterances_that_are_new_in_the_real_test_split(data_folder: Path) -> None:
+    arguments = TopV2Arguments(str(data_folder / "topv2"))
+    known = arguments.known_utterances()
+    examples = arguments.examples("test", 100_000)
+    assert len(examples) == 38_785
+    assert sum(topv2.plain(example.row["utterance"]) in known for example in examples) == 7_210
 
 
 def test_no_new_rows_leave_the_cell_empty() -> None:
