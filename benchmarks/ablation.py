@@ -25,7 +25,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from transformers import LlamaForCausalLM, default_data_collator
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, default_data_collator
 
 from arguments import OutputArguments, one_sentence_errors, parse
 from benchmarks.small_models import (
@@ -52,8 +52,10 @@ LEFT_OUT = ["site-packages", "test", "tests", "idle_test", "encodings", "pydoc_d
 # The split of the held-out blocks into those for the loss and those for prompts.
 SPLIT_SEED = 0
 COLOURS = {"baseline": "tab:grey", "layer dropout": "tab:blue", "early-exit loss": "tab:orange", "both": "tab:green"}
-# How far a group of four bars reaches to either side of its middle.
+# The groups of bars are 1 apart.
 BAR_WIDTH = 0.2
+# The draft length whose acceptance the table gives: the rule for checkpoints that recommend nothing.
+TABLE_DRAFTS = 4
 
 
 @dataclass
@@ -90,10 +92,6 @@ class AblationArguments:
             raise ValueError(f"--num_speculations must have {TABLE_DRAFTS} in it, for the table.")
 
 
-# The draft length whose acceptance the table gives: the rule for checkpoints that recommend nothing.
-TABLE_DRAFTS = 4
-
-
 def variants(both: LayerSkipArguments) -> dict[str, LayerSkipArguments]:
     """LayerSkip's settings for each of the four variants."""
     return {
@@ -102,6 +100,12 @@ def variants(both: LayerSkipArguments) -> dict[str, LayerSkipArguments]:
         "early-exit loss": replace(both, p_max=0.0),
         "both": both,
     }
+
+
+def read_source(arguments: AblationArguments) -> tuple[list[str], list[str]]:
+    """The source files to train on, and those held out; the split is the same for all seeds."""
+    source = TextArguments(arguments.data_path, file_pattern="*.py", exclude=LEFT_OUT)
+    return split_held_out(read_texts(source), source.held_out, source.split_seed)
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,14 @@ class Texts:
     prompts: list[list[int]]
 
     @classmethod
-    def read(cls, arguments: AblationArguments, vocab_size: int, tokenizer_folder: Path) -> "Texts":
-        """Read the source, train the tokenizer or take the one that is there, and cut into blocks."""
-        source = TextArguments(arguments.data_path, file_pattern="*.py", exclude=LEFT_OUT)
-        train_texts, held_out_texts = split_held_out(read_texts(source), source.held_out, source.split_seed)
-        tokenizer = kept_tokenizer(tokenizer_folder, lambda: train_tokenizer(train_texts, vocab_size))
+    def of(
+        cls,
+        train_texts: list[str],
+        held_out_texts: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: AblationArguments,
+    ) -> "Texts":
+        """Cut the texts into blocks."""
         blocks = PackedTexts(train_texts, tokenizer, arguments.block_size)
         held_out = PackedTexts(held_out_texts, tokenizer, arguments.block_size)
         num_blocks = arguments.eval_blocks + arguments.num_prompts
@@ -294,8 +301,10 @@ def main() -> None:
     )
     log = RunLog(Path(output.output_dir), "ablation")
     settings = {name: value for group in groups for name, value in asdict(group).items() if name != "seeds"}
+    train_texts, held_out_texts = read_source(arguments)
     begin(log, settings, arguments.resume)
-    texts = Texts.read(arguments, sizes.vocab_size, log.folder / "tokenizer")
+    tokenizer = kept_tokenizer(log.folder / "tokenizer", lambda: train_tokenizer(train_texts, sizes.vocab_size))
+    texts = Texts.of(train_texts, held_out_texts, tokenizer, arguments)
     ablation = Ablation(arguments, sizes, both)
     ablation.complete(log, texts)
     table = report(log, ablation)
