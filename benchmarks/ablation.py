@@ -43,9 +43,11 @@ from benchmarks.small_models import (
     markdown,
 )
 from data import TextArguments, read_texts, split_held_out
+from self_speculation.exit_evaluation import evaluate_exits
 from self_speculation.hardware import surroundings
 from self_speculation.run_log import RunLog
-from self_speculation.training import LayerSkipArguments, PackedTexts, evaluate_exits, train_tokenizer
+from self_speculation.training import LayerSkipArguments
+from self_speculation.training_data import PackedTexts, Packing, train_tokenizer
 
 # Tests, and tables of characters and of help texts, which are not what programs look like.
 LEFT_OUT = ["site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"]
@@ -125,8 +127,8 @@ class Texts:
         arguments: AblationArguments,
     ) -> "Texts":
         """Cut the texts into blocks."""
-        blocks = PackedTexts(train_texts, tokenizer, arguments.block_size)
-        held_out = PackedTexts(held_out_texts, tokenizer, arguments.block_size)
+        blocks = PackedTexts(train_texts, tokenizer, arguments.block_size, packing=Packing(separate=False))
+        held_out = PackedTexts(held_out_texts, tokenizer, arguments.block_size, packing=Packing(separate=False))
         num_blocks = arguments.eval_blocks + arguments.num_prompts
         if len(held_out) < num_blocks:
             raise ValueError(
@@ -135,7 +137,8 @@ class Texts:
         # In a random order, so that both parts are of many files.
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(SPLIT_SEED))
         prompts_NT = held_out.blocks[order[arguments.eval_blocks : num_blocks], : arguments.prompt_tokens]
-        held_out.blocks = held_out.blocks[order[: arguments.eval_blocks]]
+        chosen = order[: arguments.eval_blocks]
+        held_out.blocks, held_out.is_first = held_out.blocks[chosen], held_out.is_first[chosen]
         return cls(TrainingSet(blocks, tokenizer, default_data_collator), held_out, prompts_NT.tolist())
 
 

@@ -212,7 +212,7 @@ class SideBySide:
     def warm_up(self, prompt: list[int]) -> None:
         """A short answer of each that no one counts."""
         for contestant in self.contestants.values():
-            contestant.warm_up(prompt)
+            contestant.warm_up([prompt])
 
     def rounds(self, prompts: list[list[int]], repeats: int) -> dict[str, list[Round]]:
         """Each way's answers to all prompts, `repeats` times over."""
@@ -222,7 +222,7 @@ class SideBySide:
             for own in rounds.values():
                 own.append(Round())
             for number, prompt in enumerate(tqdm(prompts, desc="Decoding", unit="prompt", leave=False)):
-                for name, measurement in interleaved(self.contestants, prompt, turn=repeat + number).items():
+                for name, [measurement] in interleaved(self.contestants, [prompt], turn=repeat + number).items():
                     rounds[name][-1].measurements.append(measurement)
         return rounds
 

@@ -44,7 +44,8 @@ from self_speculation.early_exit_loss import IGNORED_LABEL
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.hardware import surroundings
 from self_speculation.run_log import RunLog
-from self_speculation.training import LayerSkipArguments, train_tokenizer
+from self_speculation.training import LayerSkipArguments
+from self_speculation.training_data import train_tokenizer
 
 # The 1.5B model of the paper's section 6, finetuned on TOPv2: exact match, acceptance and speed-up, at 18, 12 and 6
 # of 24 layers.
@@ -128,8 +129,8 @@ def measure(side_by_side: SideBySide, examples: list[Example], log: RunLog) -> N
     side_by_side.warm_up(encode(examples[0].prompt))
     for sample, example in enumerate(tqdm(examples, desc="Decoding", unit="row")):
         if sample not in done:
-            answers = interleaved(side_by_side.contestants, encode(example.prompt), turn=sample)
-            answered = {name: asdict(measurement) for name, measurement in answers.items()}
+            answers = interleaved(side_by_side.contestants, [encode(example.prompt)], turn=sample)
+            answered = {name: asdict(measurement) for name, [measurement] in answers.items()}
             log.append({"sample": sample, "ways": answered})
 
 

@@ -14,7 +14,8 @@ from benchmarks.small_models import SmallModelArguments
 from benchmarks.topv2 import TopV2Arguments
 from data import Example
 from self_speculation.run_log import RunLog
-from self_speculation.training import LayerSkipTrainer, train_tokenizer
+from self_speculation.training import LayerSkipTrainer
+from self_speculation.training_data import train_tokenizer
 
 FLAGS = (
     "--num_layers 4 --hidden_size 64 --vocab_size 270 --train_steps 3 --train_batch_size 2 --warmup_steps 1 "
