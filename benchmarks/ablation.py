@@ -35,6 +35,7 @@ from benchmarks.small_models import (
     SideBySide,
     SmallModelArguments,
     TrainingSet,
+    acceptance_rate,
     begin,
     decoding_figures,
     fastest,
@@ -70,8 +71,8 @@ class AblationArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model of each variant for each."})
     block_size: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
-    eval_blocks: int = field(default=128, metadata={"help": "Held-out sequences for the loss of each exit layer."})
-    num_prompts: int = field(default=16, metadata={"help": "Held-out prompts to decode; the first half choose (E, d)."})
+    eval_blocks: int = field(default=128, metadata={"help": "Held-out sequences for loss and acceptance."})
+    num_prompts: int = field(default=16, metadata={"help": "More of them for speed; the first half choose (E, d)."})
     prompt_tokens: int = field(default=64, metadata={"help": "Tokens of a prompt."})
     max_steps: int = field(default=64, metadata={"help": "New tokens of an answer."})
     num_speculations: list[int] = field(
@@ -158,8 +159,9 @@ class Ablation:
                 yield {"variant": variant, "seed": seed}, Run(folder / name, seed, layerskip)
 
     def complete(self, log: RunLog, texts: Texts) -> None:
-        """Train and evaluate what is missing; when that is done, measure the decoding that is missing."""
-        for stage, measure in (("exits", self._exits), ("decoding", self._decoding)):
+        """Train and evaluate what is missing; when that is done, measure the speed that is missing."""
+        stages = {"exits": self._exits, "acceptance": self._acceptance, "decoding": self._decoding}
+        for stage, measure in stages.items():
             done = [{name: line[name] for name in ("stage", "variant", "seed")} for line in log.lines()]
             for key, run in self.runs(log.folder):
                 if {"stage": stage} | key not in done:
@@ -170,6 +172,15 @@ class Ablation:
     def _exits(self, model: LlamaForCausalLM, texts: Texts) -> list[dict[str, float]]:
         """Loss and agreement with the last layer at every exit layer."""
         return evaluate_exits(model, texts.held_out, self.sizes.train_batch_size).to_dict("records")
+
+    def _acceptance(self, model: LlamaForCausalLM, texts: Texts) -> dict[str, float]:
+        """The acceptance rate at L/4 and L/2, over answers to the beginnings of the held-out blocks."""
+        quarter, half, _ = self.sizes.quarters
+        cells = [Cell(exit_layer, TABLE_DRAFTS) for exit_layer in (quarter, half)]
+        contestants = SideBySide(model, texts.train.tokenizer, greedy(self.arguments.max_steps, cells)).contestants
+        prompts = texts.held_out.blocks[:, : self.arguments.prompt_tokens].tolist()
+        both = {name: contestants[cell.name] for name, cell in zip(("L/4", "L/2"), cells, strict=True)}
+        return {name: acceptance_rate(one.generator, prompts, one.config) for name, one in both.items()}
 
     def _decoding(self, model: LlamaForCausalLM, texts: Texts) -> dict[str, Any]:
         """Each (E, d) beside autoregressive decoding; the fastest is chosen on the first half of the prompts.
@@ -188,10 +199,12 @@ class Ablation:
 
 def rows(lines: list[dict[str, Any]], sizes: SmallModelArguments) -> pd.DataFrame:
     """One row for each model: the figures that the table is made of."""
+    makers = {"exits": exit_row, "acceptance": acceptance_row, "decoding": decoding_row}
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in lines:
-        row = found.setdefault((line["variant"], line["seed"]), {"variant": line["variant"], "seed": line["seed"]})
-        row |= (exit_row if line["stage"] == "exits" else decoding_row)(line["figures"], sizes)
+    for line in sorted(lines, key=lambda line: list(makers).index(line["stage"])):
+        key = line["variant"], line["seed"]
+        row = found.setdefault(key, dict(zip(("variant", "seed"), key, strict=True)))
+        row |= makers[line["stage"]](line["figures"], sizes)
     return pd.DataFrame(found.values())
 
 
@@ -205,8 +218,13 @@ def exit_row(figures: list[dict[str, float]], sizes: SmallModelArguments) -> dic
     }
 
 
+def acceptance_row(figures: dict[str, float], sizes: SmallModelArguments) -> dict[str, float]:
+    """The acceptance rates."""
+    return {f"acceptance, {name}": rate for name, rate in figures.items()}
+
+
 def decoding_row(figures: dict[str, Any], sizes: SmallModelArguments) -> dict[str, Any]:
-    """Acceptance and speed-up at L/4 and L/2 with the table's draft length, and the speed-up of the chosen (E, d).
+    """The speed-up at L/4 and L/2 with the table's draft length, and that of the chosen (E, d).
 
     A speed-up is the median over answers: on a machine that does other work a few take much longer than they should.
     """
@@ -214,8 +232,7 @@ def decoding_row(figures: dict[str, Any], sizes: SmallModelArguments) -> dict[st
     ways = figures["ways"]
     at = {name: ways[Cell(exit_layer, TABLE_DRAFTS).name] for name, exit_layer in (("L/4", quarter), ("L/2", half))}
     return (
-        {f"acceptance, {name}": way["acceptance_rate"] for name, way in at.items()}
-        | {f"speed-up, {name}": way["sample_speedup_median"] for name, way in at.items()}
+        {f"speed-up, {name}": way["sample_speedup_median"] for name, way in at.items()}
         | {"speed-up, chosen": ways[figures["chosen"]]["sample_speedup_median"], "chosen": figures["chosen"]}
         | {"different answers": sum(way["different_answers"] for way in ways.values())}
     )

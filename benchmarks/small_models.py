@@ -24,12 +24,14 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.benchmarking import Contestant, Round, interleaved, speedup, totals
-from self_speculation.generator_base import GenerationConfig
+from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.run_log import RunLog
 from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
 
 HEAD_WIDTH = 32
 CONTEXT = 1024
+# Prompts that are decoded together where nothing is timed.
+BATCH_SIZE = 32
 # What training has written so far stands in a folder of this name until the model is whole.
 UNFINISHED = ".incomplete"
 AUTOREGRESSIVE = "autoregressive"
@@ -225,6 +227,13 @@ class SideBySide:
                 for name, [measurement] in interleaved(self.contestants, [prompt], turn=repeat + number).items():
                     rounds[name][-1].measurements.append(measurement)
         return rounds
+
+
+def acceptance_rate(generator: HuggingfaceLlamaGenerator, prompts: list[list[int]], config: GenerationConfig) -> float:
+    """Accepted over drafted tokens in the answers to all prompts, decoded in batches: nothing is timed."""
+    batches = [prompts[first : first + BATCH_SIZE] for first in range(0, len(prompts), BATCH_SIZE)]
+    results = [result for batch in tqdm(batches, leave=False) for result in generator.generate(batch, config)]
+    return sum(result.accepted for result in results) / sum(result.drafted for result in results)
 
 
 def fastest(rounds: dict[str, list[Round]]) -> str:

@@ -14,8 +14,16 @@ from matplotlib.container import BarContainer
 from safetensors.torch import load_file
 
 from benchmarks import ablation, small_models
-from benchmarks.small_models import SmallModelArguments, decoding_figures, fastest, kept_tokenizer, markdown
+from benchmarks.small_models import (
+    SmallModelArguments,
+    acceptance_rate,
+    decoding_figures,
+    fastest,
+    kept_tokenizer,
+    markdown,
+)
 from self_speculation.benchmarking import Measurement, Round
+from self_speculation.generator_base import GenerationConfig, GenerationResult, RowStep
 from self_speculation.run_log import RunLog
 from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
 
@@ -89,9 +97,12 @@ def test_a_run_leaves_models_lines_tables_and_a_picture(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == models | files | {"tokenizer"}
     lines = RunLog(finished, "ablation").lines()
     assert [(line["stage"], line["variant"]) for line in lines] == [
-        (stage, variant) for stage in ("exits", "decoding") for variant in VARIANTS
+        (stage, variant) for stage in ("exits", "acceptance", "decoding") for variant in VARIANTS
     ]
-    for line in lines[4:]:
+    for line in lines[4:8]:
+        assert list(line["figures"]) == ["L/4", "L/2"]
+        assert all(0 <= rate <= 1 for rate in line["figures"].values())
+    for line in lines[8:]:
         assert set(line["figures"]["ways"]) == {"autoregressive", "E=1, d=4", "E=2, d=4"}
         assert all(way["different_answers"] == 0 for way in line["figures"]["ways"].values())
     document = json.loads((finished / "ablation.json").read_text())
@@ -210,10 +221,15 @@ def exits_line(variant: str, seed: int, losses: list[float]) -> dict[str, Any]:
 
 def decoding_line(variant: str, seed: int, speedups: tuple[float, float], chosen: str) -> dict[str, Any]:
     ways = {
-        name: {"acceptance_rate": value / 4, "sample_speedup_median": value, "different_answers": 1}
+        name: {"sample_speedup_median": value, "different_answers": 1}
         for name, value in zip(("E=1, d=4", "E=2, d=4"), speedups, strict=True)
     }
     return {"stage": "decoding", "variant": variant, "seed": seed, "figures": {"chosen": chosen, "ways": ways}}
+
+
+def acceptance_line(variant: str, seed: int, rates: tuple[float, float]) -> dict[str, Any]:
+    figures = dict(zip(("L/4", "L/2"), rates, strict=True))
+    return {"stage": "acceptance", "variant": variant, "seed": seed, "figures": figures}
 
 
 LINES = [
@@ -221,6 +237,10 @@ LINES = [
     exits_line("baseline", 1, [5.0, 3.5, 2.5, 1.0]),
     exits_line("both", 0, [3.0, 2.5, 2.25, 2.0]),
     exits_line("both", 1, [3.0, 2.5, 2.25, 2.0]),
+    acceptance_line("baseline", 0, (0.2, 0.3)),
+    acceptance_line("baseline", 1, (0.1, 0.25)),
+    acceptance_line("both", 0, (0.4, 0.35)),
+    acceptance_line("both", 1, (0.5, 0.35)),
     decoding_line("baseline", 0, (0.8, 1.2), "E=2, d=4"),
     decoding_line("baseline", 1, (0.4, 1.0), "E=1, d=4"),
     decoding_line("both", 0, (1.6, 1.4), "E=1, d=4"),
@@ -305,6 +325,16 @@ def test_decoding_figures() -> None:
     assert figures["acceptance_rate"] == pytest.approx(2 / 3)
     assert figures["tokens_per_second"] == 2.0
     assert figures["different_answers"] == 1
+
+
+def test_acceptance_is_of_all_drafts_of_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Generator:
+        def generate(self, prompts: list[list[int]], config: GenerationConfig) -> list[GenerationResult]:
+            steps = {1: RowStep([7, 7, 7, 7], 4), 2: RowStep([7], 0), 3: RowStep([7, 7, 7], 2)}
+            return [GenerationResult(steps=[steps[len(prompt)]]) for prompt in prompts]
+
+    monkeypatch.setattr(small_models, "BATCH_SIZE", 2)
+    assert acceptance_rate(Generator(), [[0], [0, 0], [0, 0, 0]], GenerationConfig()) == 0.75
 
 
 def test_a_tokenizer_is_trained_once(tmp_path: Path, tokenizer: Any) -> None:
