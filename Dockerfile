@@ -1,10 +1,10 @@
 # docker build -t layerskip . && docker run -it --gpus all layerskip
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
-# Ubuntu 24.04 has a user "ubuntu" with the id 1000.
+# g++ and Python's headers are for --compile. Ubuntu 24.04 has a user "ubuntu" with the id 1000.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        ca-certificates python3.12 python3.12-venv \
+        ca-certificates g++ python3.12 python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/* \
     && { id -u ubuntu || useradd --create-home --uid 1000 --user-group ubuntu; } \
     && install -d -o ubuntu -g ubuntu /app /opt/venv /cache /cache/huggingface
