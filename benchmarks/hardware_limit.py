@@ -33,7 +33,6 @@ from benchmarks.synthetic import (
     CONTEXT,
     Goal,
     byte_tokenizer,
-    choose_device,
     choose_dtype,
     damp_to,
     find_shape,
@@ -52,7 +51,7 @@ from self_speculation.benchmarking import (
 )
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.hardware import last_level_cache_bytes, memory_bandwidth, surroundings
-from self_speculation.loading import STRATEGIES
+from self_speculation.loading import STRATEGIES, choose_device
 from self_speculation.run_log import RunLog
 
 OWN = ("autoregressive", "self_speculative")
@@ -256,8 +255,7 @@ class ShapeStudy:
         """A strategy's figures over the rounds so far; how near the bandwidth, where that is what bounds."""
         own, config = rounds[name], self.contestants[name].config
         share = None
-        # What a trimmed head reads is not in the weights' bytes.
-        if self.memory.bounds(self.weights) and config.draft_vocab is None:
+        if self.memory.bounds(self.weights):
             share = bandwidth_share(own, config, self.weights, self.memory.bytes_per_second)
         return totals(own) | speedup(own, rounds[OWN[0]]) | {"rounds": len(own), "bandwidth_share": share}
 

@@ -34,7 +34,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
     check_exit_layer,
 )
-from self_speculation.loading import DTYPES, RECOMMENDATION_FILE
+from self_speculation.loading import DTYPES, RECOMMENDATION_FILE, choose_device
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 from self_speculation.training_data import train_tokenizer
 
@@ -211,19 +211,6 @@ def repeated_share(tokens: list[int]) -> float:
     """The share of an answer's bigrams that it has had before."""
     bigrams = list(itertools.pairwise(tokens))
     return 1 - len(set(bigrams)) / len(bigrams)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of this name; CUDA by default where there is any.
-
-    Raises:
-        ValueError: torch cannot use it here.
-    """
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    # What torch raises for a kind of device that it was built without.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:

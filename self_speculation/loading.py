@@ -82,7 +82,7 @@ def load(arguments: ModelArguments) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
     Raises:
         ValueError: no such model, no weights, no access, or a model that cannot exit early.
     """
-    options, device = _parse_model_args(arguments.model_args), _device(arguments.device)
+    options, device = _parse_model_args(arguments.model_args), choose_device(arguments.device)
     try:
         options.setdefault("dtype", _dtype(arguments.dtype, AutoConfig.from_pretrained(arguments.model), device))
         model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
@@ -123,6 +123,21 @@ def fill_in(config: GenerationConfig, advice: Recommendation) -> GenerationConfi
     return dataclasses.replace(config, **missing)
 
 
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; CUDA by default where there is any.
+
+    Raises:
+        ValueError: torch cannot use it here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    # What torch raises for a kind of device that it was built without.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
+
+
 def _strategy(config: GenerationConfig) -> type[GenerationStrategy]:
     """A strategy by its name; autoregressive with an explicit exit layer means early exit."""
     name = config.generation_strategy
@@ -146,16 +161,6 @@ def _parse_model_args(text: str | None) -> dict[str, Any]:
             except (ValueError, SyntaxError):
                 options[key] = value
     return options
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    # What torch raises for a kind of device that it was built without.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
 
 
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
