@@ -48,8 +48,9 @@ from self_speculation.loading import STRATEGIES, ModelArguments, fill_in, load, 
 from self_speculation.prediction import measure_passes
 from self_speculation.run_log import RunLog
 
-# More than the default: the share of the ideal speed-up is no better than the passes' times.
+# More than the defaults: the share of the ideal speed-up is no better than the passes' times.
 PASS_ROUNDS = 9
+PASS_CALLS = 16
 
 
 @dataclass
@@ -207,7 +208,7 @@ class Benchmark:
         prompts = [prompt + half for prompt, half in zip(self.prompts_of(batch), halves, strict=True)]
         num_layers, cell = generator.model.config.num_hidden_layers, (config.exit_layer, config.num_speculations)
         request = generator.request(prompts, config)
-        costs = measure_passes(generator.model, request, [cell, (num_layers, 0)], PASS_ROUNDS)
+        costs = measure_passes(generator.model, request, [cell, (num_layers, 0)], PASS_ROUNDS, PASS_CALLS)
         return ideal_speedup(rounds["self_speculative"], rounds["autoregressive"], costs, cell, num_layers)
 
     def _append(self, repeat: int, sample: int, answers: dict[str, Measurement]) -> None:

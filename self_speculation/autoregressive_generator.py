@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from self_speculation.compilation import CompiledStep
+from self_speculation.compilation import CompiledStep, Run, run_eagerly
 from self_speculation.decoding import Decoding, DecodingStrategy
 from self_speculation.decoding_state import DecodingState, prefill
 from self_speculation.early_exit import forward_early
@@ -55,8 +55,15 @@ class EarlyExitGenerator(AutoregressiveGenerator):
         return check_exit_layer(config.exit_layer, self.model)
 
 
-def autoregressive_step(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> Tensor:
-    """Read the pending token with layers [0, E) and choose the next: a pure function of tensors."""
+def autoregressive_step(
+    model: LlamaForCausalLM, state: DecodingState, exit_layer: int, run: Run = run_eagerly
+) -> Tensor:
+    """One token by layers [0, E), a pure function of tensors; returns what `DecodingState.commit` does."""
+    return run(choose_token, model, state, exit_layer)
+
+
+def choose_token(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> Tensor:
+    """Read the pending token with layers [0, E) and choose the next."""
     position_B1 = state.positions(0, 1)
     hidden_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
     logits_B1V = state.logits(model, hidden_B1D, position_B1)

@@ -353,8 +353,8 @@ def ideal_speedup(
 
         S_ideal = tokens per step · t_AR / (d · t_draft + t_verify)
 
-    where t_draft is a pass of layers [0, E) and the head, t_verify one of layers [0, E) over the last draft and one
-    of layers [E, L) and the head over d+1 tokens, and t_AR one of all layers and the head over one token. Here the
+    where t_draft is a pass of layers [0, E) and the head, t_verify one of layers [0, E) over the last draft and of
+    layers [E, L) and the head over d+1 tokens, and t_AR one of all layers and the head over one token. Here the
     steps and drafts are those that were counted after the first delivery, of both strategies, so that drafts shorter
     than d, at an answer's end, and rows of a batch that wait for others are part of the ideal. What is not: the host's
     work between passes, and whatever a pass costs more in decoding than when it is timed by itself.

@@ -1,5 +1,5 @@
 # Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
-"""Decoding steps as one compiled graph each; on CUDA also captured, and replayed as one launch.
+"""Decoding steps whose passes are compiled, a graph each; on CUDA the whole step is captured, and one launch.
 
 A step is a pure function of tensors, so that this needs no second version of it. Graphs serve every length: on CPUs the
 visible prefix of the cache is a symbol, on CUDA there is a graph for each power of two.
@@ -8,7 +8,7 @@ Shapes: B batch, N numbers that a step returns for each row.
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,8 +21,10 @@ from transformers import LlamaForCausalLM
 from self_speculation.cache import power_of_two
 from self_speculation.decoding_state import DecodingState, prefill
 
-Step = Callable[..., Any]
-GuardFilter = Callable[[Sequence[Any]], list[bool]]
+# A pass is a function of tensors; a step is one of its passes, with `run` as its last argument, which calls them.
+Pass = Callable[..., Any]
+Run = Callable[..., Any]
+Step = Callable[..., Tensor]
 
 BACKEND = "inductor"
 # Runs before a graph is captured: the first compiles, libraries allocate their workspaces in the second.
@@ -39,10 +41,11 @@ class CompiledStep:
     def __init__(self, model: LlamaForCausalLM, state: DecodingState, compile: str, step: Step, *sizes: Any) -> None:
         self.model = model
         self.state = state
+        self.step = step
         self.sizes = sizes
         self.compile = compile
         self.is_captured = state.lengths_B.device.type == "cuda"
-        self.function = compiled(step, compile, _guards_on_the_state)
+        self.passes: dict[tuple[int, Pass], Pass] = {}
         self.name = f"{step.__name__.replace('_', ' ')} {sizes[:2]}"
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.warm: set[int] = set()
@@ -53,7 +56,7 @@ class CompiledStep:
             graph, outcome_BN = self.captured[self.state.cache.visible]
             graph.replay()
             return outcome_BN
-        return self._run()
+        return self._run_step()
 
     def warm_up(self, length: int) -> None:
         """Compile, and capture, what decoding up to `length` positions needs; the state is overwritten."""
@@ -84,29 +87,42 @@ class CompiledStep:
                 self.state.cache.see(visible)
                 if not self.is_captured:
                     torch._dynamo.mark_dynamic(self.state.cache.keys_W, 0)
-                self._run()
+                self._run_step()
         if self.is_captured:
             self.captured[visible] = self._capture()
         self.warm.add(visible)
 
-    def _run(self) -> Tensor:
-        return self.function(self.model, self.state, *self.sizes)
+    def _run_step(self) -> Tensor:
+        return self.step(self.model, self.state, *self.sizes, run=self._run_pass)
+
+    def _run_pass(self, function: Pass, *arguments: Any) -> Any:
+        """The pass by its graph for what is visible now."""
+        key = (self.state.cache.visible if self.is_captured else 0, function)
+        if key not in self.passes:
+            self.passes[key] = compiled(function, self.compile)
+        return self.passes[key](*arguments)
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The whole step as one CUDA graph over the state's tensors, and where it puts its outcome."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outcome_BN = self._run()
+            outcome_BN = self._run_step()
         return graph, outcome_BN
 
 
-def compiled(function: Step, compile: str, guards: GuardFilter | None = None) -> Step:
-    """The function as a graph of its own, compiled at its first call; without guards it is called with one thing only.
+def run_eagerly(function: Pass, *arguments: Any) -> Any:
+    """The pass as it is written."""
+    return function(*arguments)
 
-    Its checks of sizes, too, are left out.
+
+def compiled(function: Pass, compile: str) -> Pass:
+    """The pass as a graph of its own, compiled at its first call.
+
+    Nothing is checked later: it is for that call's model and state alone, whose weights the strategy looks at itself.
+    What may change is what tensors hold, and sizes that were marked.
     """
-    options: dict[str, Any] = {"guard_filter_fn": guards or _no_guards}
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     if BACKEND == "inductor":
         options |= {
             "size_asserts": False,
@@ -124,16 +140,7 @@ def compiling(model: LlamaForCausalLM, compile: str) -> AbstractContextManager[N
     return torch._inductor.config.patch(freezing=is_frozen)
 
 
-def _no_guards(guards: Sequence[Any]) -> list[bool]:
-    return [False] * len(guards)
-
-
-def _guards_on_the_state(guards: Sequence[Any]) -> list[bool]:
-    """Only the state may change from call to call: the strategy looks at the model's weights itself."""
-    return [guard.name.startswith(("state", "L['state']")) for guard in guards]
-
-
-def _with_own_code(function: Step) -> Step:
+def _with_own_code(function: Pass) -> Pass:
     """The same function with a code object of its own: to that the graphs are tied, and counted."""
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)

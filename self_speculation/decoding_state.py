@@ -48,9 +48,9 @@ class DecodingState:
         if self.noise_BCS is not None:
             self.noise_BCS.copy_(noise(seed, prompts, capacity))
 
-    def positions(self, first: int, count: int) -> Tensor:
-        """Positions (B, T) of the `count` tokens that start `first` places after the pending token."""
-        offsets_T = torch.arange(first - 1, first - 1 + count, device=self.lengths_B.device)
+    def positions(self, first: int | Tensor, count: int) -> Tensor:
+        """Positions (B, T) of the `count` tokens that start `first` (a scalar) places after the pending token."""
+        offsets_T = torch.arange(count, device=self.lengths_B.device) + (first - 1)
         return self.lengths_B[:, None] + offsets_T
 
     def read(self, positions_BT: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 
 The steps follow from one teacher-forced pass over a few answers of the full model, which tells for every exit layer
 at every position whether its draft would be accepted. The cost of a step is that of its passes, each timed by itself:
-(d+1) passes of layers [0, E), d heads, and one verification.
+d drafted tokens, and a verification.
 
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit layers, N tokens of the answer.
 """
@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from self_speculation.acceptance import step_counts
-from self_speculation.compilation import Step, compiled, compiling
+from self_speculation.compilation import Pass, compiled, compiling
 from self_speculation.decoding import Decoding
 from self_speculation.decoding_state import DecodingState, prefill
 from self_speculation.draft_head import DraftHead
-from self_speculation.early_exit import embed, exit_logits, forward_early, forward_exits
+from self_speculation.early_exit import exit_logits, forward_exits
 from self_speculation.fused_layers import fuse
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -36,25 +36,24 @@ from self_speculation.generator_base import (
 )
 from self_speculation.hardware import synchronize
 from self_speculation.sampling import probabilities, process_logits, warpers
-from self_speculation.self_speculation_generator import draft_tokens, verify
+from self_speculation.self_speculation_generator import draft_token, verify
 
-# Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding.
+# Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
+# many are not timed, for caches hold what other passes left.
 CALLS = 4
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class PassCosts:
-    """Median seconds of single passes of a batch: by exit layer, and by exit layer and draft length."""
+    """Median seconds of single passes of a batch: a token's draft at E, and the verification at (E, d)."""
 
-    early: dict[int, float]
-    head: float
+    draft: dict[int, float]
     verification: dict[tuple[int, int], float]
 
     def seconds(self, cell: tuple[int, int], steps: float, drafted: float) -> float:
-        """What so many steps and drafts take at an (E, d)."""
-        early = (steps + drafted) * self.early[cell[0]]
-        return early + drafted * self.head + steps * self.verification[cell]
+        """What so many steps and drafts take at an (E, d); at d = 0 there are no drafts."""
+        return steps * self.verification[cell] + (drafted * self.draft[cell[0]] if drafted else 0)
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,17 @@ def acceptance_chances(
 
 @torch.inference_mode()
 def measure_passes(
-    model: LlamaForCausalLM, request: GenerationRequest, cells: list[tuple[int, int]], rounds: int = ROUNDS
+    model: LlamaForCausalLM,
+    request: GenerationRequest,
+    cells: list[tuple[int, int]],
+    rounds: int = ROUNDS,
+    calls: int = CALLS,
 ) -> PassCosts:
     """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
     longest = max(num_speculations for _, num_speculations in cells)
     decoding = Decoding(model, request, longest)
+    # What is timed again and again always starts from the same tokens.
+    decoding.state.active_B.zero_()
     prefill(model, decoding.state, model.config.num_hidden_layers)
     decoding.state.cache.see(max(map(len, request.prompts)) + longest)
     passes = _passes(model, decoding.state, cells, request.config)
@@ -135,15 +140,17 @@ def measure_passes(
     seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
     for _ in tqdm(range(rounds), desc="Timing passes", unit="round"):
         for key, run in passes.items():
-            start = time.perf_counter()
-            for _ in range(CALLS):
+            for _ in range(calls // 4):
                 run()
             synchronize()
-            seconds[key].append((time.perf_counter() - start) / CALLS)
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            synchronize()
+            seconds[key].append((time.perf_counter() - start) / calls)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     return PassCosts(
-        early={key[0]: value for key, value in median.items() if len(key) == 1},
-        head=median[()],
+        draft={key[0]: value for key, value in median.items() if len(key) == 1},
         verification={key: value for key, value in median.items() if len(key) == 2},
     )
 
@@ -151,36 +158,20 @@ def measure_passes(
 def _passes(
     model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]], config: GenerationConfig
 ) -> dict[tuple[int, ...], Callable[[], object]]:
-    """The draft's head under (), layers [0, E) under (E), verification under (E, d); compiled if decoding is."""
-    position_B1 = state.positions(0, 1)
-    exit_state_B1D = embed(model, state.read(position_B1))
+    """A token's draft under (E), verification under (E, d); compiled if decoding is."""
     draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
 
-    def prepared(function: Step, *arguments: object) -> Callable[[], object]:
+    def prepared(function: Pass, *arguments: object) -> Callable[[], object]:
         return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
 
-    passes = {(): prepared(_propose, model, state, exit_state_B1D, draft_head)}
+    passes: dict[tuple[int, ...], Callable[[], object]] = {}
     for exit_layer, num_speculations in cells:
-        draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations)
-        passes[exit_layer,] = prepared(_run_early, model, state, exit_layer)
-        passes[exit_layer, num_speculations] = prepared(verify, model, state, exit_layer, draft, exit_states_BTD)
+        indices = state.cache.positions_C[:num_speculations]
+        drafted = [draft_token(model, state, index, exit_layer, draft_head) for index in indices]
+        if num_speculations:
+            passes[exit_layer,] = prepared(draft_token, model, state, indices[0], exit_layer, draft_head)
+        passes[exit_layer, num_speculations] = prepared(verify, model, state, exit_layer, drafted)
     return passes
-
-
-def _propose(
-    model: LlamaForCausalLM, state: DecodingState, exit_state_B1D: Tensor, draft_head: DraftHead | None
-) -> None:
-    """Draft one token after the pending one."""
-    position_B1 = state.positions(0, 1)
-    logits_B1V = state.logits(model, exit_state_B1D, position_B1, draft_head)
-    token_B1, _ = state.rule.propose(logits_B1V, state.noise(position_B1))
-    state.write(position_B1 + 1, token_B1)
-
-
-def _run_early(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> Tensor:
-    """Layers [0, E) over the pending token."""
-    position_B1 = state.positions(0, 1)
-    return forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
 
 
 def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:

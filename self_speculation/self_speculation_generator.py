@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from self_speculation.compilation import CompiledStep
+from self_speculation.compilation import CompiledStep, Run, run_eagerly
 from self_speculation.decoding import Decoding, DecodingStrategy
 from self_speculation.decoding_state import DecodingState, prefill
 from self_speculation.draft_head import DraftHead
 from self_speculation.early_exit import forward_early, forward_remainder
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, check_exit_layer
-from self_speculation.verification import Draft, Verdict
+from self_speculation.verification import Draft
+
+# What a drafted token leaves behind: its exit state (B, 1, D), and the q (B, 1, V) that the next one was drawn from.
+Drafted = tuple[Tensor, Tensor | None]
 
 
 class SelfSpeculativeGenerator(DecodingStrategy):
@@ -63,41 +66,40 @@ def speculative_step(
     exit_layer: int,
     num_speculations: int,
     draft_head: DraftHead | None = None,
+    run: Run = run_eagerly,
 ) -> Tensor:
     """One draft and its verification, a pure function of tensors; returns what `DecodingState.commit` does."""
-    draft, exit_states_BTD = draft_tokens(model, state, exit_layer, num_speculations, draft_head)
-    verdict = verify(model, state, exit_layer, draft, exit_states_BTD)
-    return state.commit(draft, verdict)
+    drafted = [
+        run(draft_token, model, state, index, exit_layer, draft_head)
+        for index in state.cache.positions_C[:num_speculations]
+    ]
+    return run(verify, model, state, exit_layer, drafted)
 
 
-def draft_tokens(
-    model: LlamaForCausalLM,
-    state: DecodingState,
-    exit_layer: int,
-    num_speculations: int,
-    draft_head: DraftHead | None = None,
-) -> tuple[Draft, Tensor]:
-    """Layers [0, E) run ahead: d tokens, one by one, and the exit states of the pending token and all of them."""
-    distributions, exit_states = [], []
-    for index in range(num_speculations + 1):
-        position_B1 = state.positions(index, 1)
-        exit_state_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
-        exit_states.append(exit_state_B1D)
-        if index < num_speculations:
-            logits_B1V = state.logits(model, exit_state_B1D, position_B1, draft_head)
-            token_B1, q_B1V = state.rule.propose(logits_B1V, state.noise(position_B1 + 1))
-            state.write(position_B1 + 1, token_B1)
-            distributions.append(q_B1V)
-    tokens_Bd = state.read(state.positions(1, num_speculations))
-    draft = Draft(tokens_Bd, distributions, state.draft_lengths(num_speculations))
-    return draft, torch.cat(exit_states, dim=1)
+def draft_token(
+    model: LlamaForCausalLM, state: DecodingState, index: Tensor, exit_layer: int, draft_head: DraftHead | None = None
+) -> Drafted:
+    """Layers [0, E) read the token that stands `index` (a scalar) places after the pending one, and draft the next."""
+    position_B1 = state.positions(index, 1)
+    exit_state_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
+    logits_B1V = state.logits(model, exit_state_B1D, position_B1, draft_head)
+    token_B1, q_B1V = state.rule.propose(logits_B1V, state.noise(position_B1 + 1))
+    state.write(position_B1 + 1, token_B1)
+    return exit_state_B1D, q_B1V
 
 
-def verify(
-    model: LlamaForCausalLM, state: DecodingState, exit_layer: int, draft: Draft, exit_states_BTD: Tensor
-) -> Verdict:
-    """Layers [E, L) catch up on the exit states in one pass; the draft is judged by the full model's logits."""
-    positions_BT = state.positions(0, exit_states_BTD.shape[1])
+def verify(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, drafted: list[Drafted]) -> Tensor:
+    """Layers [E, L) catch up on the exit states in one pass; the draft is judged by the full model's logits.
+
+    The last drafted token has no exit state yet: layers [0, E) read it first.
+    """
+    num_speculations = len(drafted)
+    last_B1, positions_BT = state.positions(num_speculations, 1), state.positions(0, num_speculations + 1)
+    last_state_B1D = forward_early(model, state.read(last_B1), last_B1, state.cache, exit_layer)
+    exit_states_BTD = torch.cat([*(exit_state_B1D for exit_state_B1D, _ in drafted), last_state_B1D], dim=1)
     hidden_BTD = forward_remainder(model, exit_states_BTD, positions_BT, state.cache, exit_layer)
     logits_BTV = state.logits(model, hidden_BTD, positions_BT)
-    return state.rule.verify(draft, logits_BTV, state.noise(positions_BT + 1))
+    draft = Draft(
+        state.read(positions_BT[:, 1:]), [q_B1V for _, q_B1V in drafted], state.draft_lengths(num_speculations)
+    )
+    return state.commit(draft, state.rule.verify(draft, logits_BTV, state.noise(positions_BT + 1)))

@@ -324,22 +324,22 @@ def test_passes_are_timed_and_leave_no_trace(
     before = answers()
     cells = [(1, 1), (1, 3), (4, 1), (4, 3), (LAYERS, 3)]
     costs = measure_passes(agreeing_model, request_of_passes, cells)
-    assert costs.early.keys() == {1, 4, LAYERS}
+    assert costs.draft.keys() == {1, 4, LAYERS}
     assert costs.verification.keys() == set(cells)
-    assert all(seconds > 0 for seconds in (costs.head, *costs.early.values(), *costs.verification.values()))
+    assert all(seconds > 0 for seconds in (*costs.draft.values(), *costs.verification.values()))
     assert answers() == before
 
 
 def test_a_pass_costs_the_median_of_its_rounds(
     agreeing_model: LlamaForCausalLM, request_of_passes: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock by which the passes of a cell take 1, 2 and 4 seconds; they come in turns, a few calls at a time."""
-    durations = [factor * key for factor in (100, 1, 10) for key in (1, 2, 4)]
-    assert len(durations) == 3 * ROUNDS
+    """A clock by which the passes of a cell take 1 and 2 seconds; they come in turns, a few calls at a time."""
+    durations = [factor * key for factor in (100, 1, 10) for key in (1, 2)]
+    assert len(durations) == 2 * ROUNDS
     readings = iter([reading for duration in durations for reading in (0.0, duration * CALLS)])
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
     monkeypatch.setattr("self_speculation.prediction.time", clock)
-    assert measure_passes(agreeing_model, request_of_passes, [(2, 3)]) == PassCosts({2: 20}, 10, {(2, 3): 40})
+    assert measure_passes(agreeing_model, request_of_passes, [(2, 3)]) == PassCosts({2: 10}, {(2, 3): 20})
     assert list(readings) == []
 
 
@@ -359,12 +359,13 @@ def test_passes_of_a_ragged_batch_see_their_longest_row(
     costs = measure_passes(agreeing_model, request, [(2, 3), (LAYERS, 0)], rounds=1)
     longest = len(request.prompts[1])
     assert seen == [longest - 1, longest + 3]
+    assert costs.draft.keys() == {2}
     assert costs.verification.keys() == {(2, 3), (LAYERS, 0)}
 
 
 def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausalLM, request_of_passes: object) -> None:
-    """E = 2, d = 3: setting up runs prefill and one draft, then each pass runs once before it is timed."""
-    timed = ROUNDS * CALLS + 1
+    """E = 2, d = 3: prefill and three drafts set up; each pass runs once, and before each round not timed."""
+    timed = ROUNDS * (CALLS + CALLS // 4) + 1
     modules = dict(enumerate(agreeing_model.model.layers)) | {"head": agreeing_model.lm_head}
     shapes: dict[object, Counter[int]] = {name: Counter() for name in modules}
 
@@ -378,7 +379,7 @@ def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausa
         for handle in handles:
             handle.remove()
     prefilled = len(request_of_passes.prompts[0]) - 1
-    assert [shapes[layer] for layer in (0, 1)] == [{prefilled: 1, 1: 4 + timed}] * 2
+    assert [shapes[layer] for layer in (0, 1)] == [{prefilled: 1, 1: 3 + 2 * timed}] * 2
     assert [shapes[layer] for layer in range(2, LAYERS)] == [{prefilled: 1, 4: timed}] * 4
     assert shapes["head"] == {1: 3 + timed, 4: timed}
 
@@ -387,9 +388,9 @@ def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausa
 
 
 def test_seconds_of_steps_and_drafts() -> None:
-    """Each step has one early pass more than drafts: the last draft's states are verified too."""
-    costs = PassCosts(early={3: 10.0, 5: 0.0}, head=1000.0, verification={(3, 2): 1.0, (3, 4): 0.0})
-    assert costs.seconds((3, 2), steps=4, drafted=7) == 11 * 10 + 7 * 1000 + 4 * 1
+    costs = PassCosts(draft={3: 10.0, 5: 0.0}, verification={(3, 2): 1.0, (3, 4): 0.0, (6, 0): 2.0})
+    assert costs.seconds((3, 2), steps=4, drafted=7) == 7 * 10 + 4 * 1
+    assert costs.seconds((6, 0), steps=4, drafted=0) == 4 * 2
 
 
 def test_predictions_by_hand() -> None:
@@ -404,12 +405,12 @@ def test_predictions_by_hand() -> None:
         Profile(GenerationResult(tokens=[7] * 4, prefill_seconds=0.25), 4, np.array([[0.0] * 4, [1.0] * 4])),
         Profile(GenerationResult(tokens=[7] * 2, prefill_seconds=0.5), 9, np.array([[1.0, 1.0], [0.0, 1.0]])),
     ]
-    costs = PassCosts({2: 1.0, 5: 3.0}, 0.5, {(5, 3): 4.0, (5, 1): 2.0, (2, 3): 8.0, (2, 1): 7.0})
+    costs = PassCosts({2: 1.5, 5: 3.5}, {(5, 3): 4.0, (5, 1): 2.0, (2, 3): 8.0, (2, 1): 7.0})
     expected = {
-        (2, 1): (6 / (0.75 + 9 * 1 + 4 * 0.5 + 5 * 7), 1 / 4, 6 / 5),
-        (2, 3): (6 / (0.75 + 13 * 1 + 8 * 0.5 + 5 * 8), 2 / 8, 6 / 5),
-        (5, 1): (6 / (0.75 + 8 * 3 + 4 * 0.5 + 4 * 2), 3 / 4, 6 / 4),
-        (5, 3): (6 / (0.75 + 10 * 3 + 7 * 0.5 + 3 * 4), 4 / 7, 6 / 3),
+        (2, 1): (6 / (0.75 + 4 * 1.5 + 5 * 7), 1 / 4, 6 / 5),
+        (2, 3): (6 / (0.75 + 8 * 1.5 + 5 * 8), 2 / 8, 6 / 5),
+        (5, 1): (6 / (0.75 + 4 * 3.5 + 4 * 2), 3 / 4, 6 / 4),
+        (5, 3): (6 / (0.75 + 7 * 3.5 + 3 * 4), 4 / 7, 6 / 3),
     }
     for cells in (list(expected), list(expected)[::-1]):
         predictions = predict(profiles, cells, costs)
@@ -421,5 +422,5 @@ def test_predictions_by_hand() -> None:
 
 def test_a_prediction_without_drafts_has_no_acceptance() -> None:
     profiles = [Profile(GenerationResult(tokens=[7]), 1, np.array([[1.0]]))]
-    [one] = predict(profiles, [(1, 3)], PassCosts({1: 1.0}, 1.0, {(1, 3): 1.0}))
+    [one] = predict(profiles, [(1, 3)], PassCosts({1: 1.0}, {(1, 3): 2.0}))
     assert (one.tokens_per_second, one.acceptance_rate, one.tokens_per_step) == (0.5, 0.0, 1.0)

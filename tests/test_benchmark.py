@@ -302,8 +302,8 @@ def test_weight_bytes_of_the_model(model: LlamaForCausalLM) -> None:
 
 # The ideal
 
-# Layers [0, 2) take 2, all 6 take 6; the head 1, with its verification of d drafts a bit more.
-COSTS = PassCosts(early={2: 2.0, 6: 6.0}, head=1.0, verification={(2, 3): 5.5, (6, 0): 1.25})
+# Layers [0, 2) take 2, all 6 take 6; the head 1, over four tokens a bit more.
+COSTS = PassCosts(draft={2: 2.0 + 1.0}, verification={(2, 3): 2.0 + 5.5, (6, 0): 6.0 + 1.25})
 
 
 def test_ideal_speedup_by_the_formula() -> None:
@@ -317,7 +317,7 @@ def test_ideal_speedup_of_a_batch() -> None:
     """Rows share passes: the batch has the steps and drafts of its longest row, and everyone's tokens."""
     ours = Round([LONG, measured([3, 3], [1, 1], [2, 2], (0, 1, 1))], batch_size=2)
     plain = Round([measured([0] * 9, [0] * 9, [1] * 9, (0, 1, 1)), PLAIN], batch_size=2)
-    seconds = (2 + 6) * 2.0 + 6 * 1.0 + 2 * 5.5
+    seconds = 6 * (2 + 1) + 2 * (2 + 5.5)
     expected = ((8 + 2) / seconds) / ((8 + 3) / (8 * (6 + 1.25)))
     assert ideal_speedup([ours], [plain], COSTS, (2, 3), 6) == pytest.approx(expected)
 
@@ -478,9 +478,9 @@ def test_the_share_of_the_ideal(
     """Passes are timed for a batch of answers half done; in the middle of four prompts' sizes."""
     asked: list[tuple[list[int], object]] = []
 
-    def measure(model: LlamaForCausalLM, request: GenerationRequest, cells: object, rounds: int) -> PassCosts:
+    def measure(model: LlamaForCausalLM, request: GenerationRequest, cells: object, *counts: int) -> PassCosts:
         asked.append((list(map(len, request.prompts)), cells))
-        return PassCosts({2: 1.0, 6: 3.0}, 1.0, {(2, 3): 4.0, (6, 0): 1.0})
+        return PassCosts({2: 2.0}, {(2, 3): 5.0, (6, 0): 4.0})
 
     monkeypatch.setattr(benchmark, "measure_passes", measure)
     flags = ["--random_shuffle", "False", "--num_speculations", 3, "--batch_size", batch_size, "--score_text", "False"]
@@ -495,7 +495,7 @@ def test_the_share_of_the_ideal(
         steps = sum(len(answer["committed"]) - 1 for answer in answers)
         drafts = sum(sum(answer["drafted"][1:]) for answer in answers)
         tokens = sum(sum(answer["committed"][1:]) for answer in answers)
-        ideal = tokens / ((steps + drafts) * 1 + drafts * 1 + steps * 4) * (3 + 1)
+        ideal = tokens / (drafts * 2 + steps * 5) * 4
         assert own["ideal_decode_speedup"] == pytest.approx(ideal, rel=1e-5)
     assert "share_of_ideal" not in figures["autoregressive"]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase, TopKLogitsWarper
 
 from self_speculation import compilation
@@ -60,8 +61,10 @@ def check_same(
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
     eager = HuggingfaceLlamaGenerator(tokenizer, type(strategy)(strategy.model))
     for index, prompts in enumerate(batches):
+        graphs = counters["stats"]["unique_graphs"]
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             results = generator.generate(prompts, config(**fields))
+        assert index == 0 or counters["stats"]["unique_graphs"] == graphs
         assert outcomes(results) == outcomes(eager.generate(prompts, config(**fields | {"compile": "none"})))
 
 
