@@ -64,8 +64,8 @@ class GenerationConfig:
     compile: Literal["none", "default", "max"] = field(
         default="none",
         metadata={
-            "help": "Compile the decoding step: a minute or two, later seconds from the cache on disk. max also tunes "
-            "products and, on CPUs, prepacks weights: that takes longer, and memory for a copy at each use of a layer."
+            "help": "Compile the decoding step: a minute at first, seconds from the cache on disk. max also tunes "
+            "products and, on CPUs, prepacks weights: that takes longer, and memory for packed copies."
         },
     )
     draft_vocab: int | None = field(

@@ -118,6 +118,7 @@ def test_the_tensors_stay_and_steps_are_compiled_once(
     tensors = [state.tokens_BC.data_ptr(), *(keys.data_ptr() for keys in state.cache.keys)]
     generator.generate(prompts_of(70), config(num_speculations=1))
     assert list(strategy.compiled_steps.values()) == [step]
+    assert [function.__name__ for _, function in step.passes] == ["draft_token", "verify"]
     assert tensors == [state.tokens_BC.data_ptr(), *(keys.data_ptr() for keys in state.cache.keys)]
     generator.generate(prompts_of(3), config(num_speculations=0))
     assert len(strategy.compiled_steps) == 2
