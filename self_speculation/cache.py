@@ -49,14 +49,14 @@ class PositionAddressedCache(Cache):
         self.is_prefill = False
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        self.positions_BT = torch.empty(0, 0, dtype=torch.long)
+        self.slots = (torch.empty(0, 1, dtype=torch.long), torch.empty(0, 0, dtype=torch.long))
 
     def address(self, positions_BT: Tensor) -> Tensor | None:
         """Set where the layers write next; return the mask (B, 1, T, W) of the keys that each position sees.
 
         Prefill needs no mask: its positions start at 0, and there `sdpa` is causal by itself, but for a single query.
         """
-        self.positions_BT = positions_BT
+        self.slots = (torch.arange(len(positions_BT), device=positions_BT.device)[:, None], positions_BT)
         if self.is_prefill and positions_BT.shape[1] > 1:
             return None
         return self.keys_W <= positions_BT[:, None, :, None]
@@ -86,8 +86,7 @@ class PositionAddressedCache(Cache):
 
     def _write(self, buffer_BHCK: Tensor, states_BHTK: Tensor) -> Tensor:
         """Put states at the addressed positions; `scatter_` does the same, in 16 bits twenty times as slowly."""
-        positions_BT = self.positions_BT.to(buffer_BHCK.device)
-        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        rows_B1, positions_BT = (index.to(buffer_BHCK.device) for index in self.slots)
         buffer_BHCK[rows_B1, :, positions_BT] = states_BHTK.transpose(1, 2)
         return buffer_BHCK
 
