@@ -120,10 +120,9 @@ class ModelArguments:
 
     def _read_config(self, own: dict[str, int | None]) -> LlamaConfig:
         try:
-            config = LlamaConfig.from_pretrained(self.config, **own)
+            return LlamaConfig.from_pretrained(self.config, **own)
         except (OSError, ValueError) as error:
             raise ValueError(f"--config: {self.config} is not a Llama's configuration.") from error
-        return config
 
 
 def load(
@@ -234,21 +233,22 @@ def main() -> None:
     with training.main_process_first(desc="tokenising"):
         datasets = source.datasets(tokenizer, Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing))
     trainer = make_trainer(model, datasets, layerskip, training)
-    if not only_evaluates(training):
+    trains = not only_evaluates(training)
+    if trains:
         # At once, so that a run that is stopped leaves all that its checkpoints need.
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(training.output_dir)
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
     metrics = trainer.evaluate()
-    if not only_evaluates(training):
+    if trains:
         save(trainer)
     if trainer.is_world_process_zero():
         table = exit_table(metrics, model.config.num_hidden_layers, prefix="eval_")
         summary = report(table, Path(training.output_dir))
-        if not only_evaluates(training):
+        if trains:
             save_counts(datasets[0].token_counts(model.config.vocab_size), Path(training.output_dir))
-        advice = "" if only_evaluates(training) else recommended(run, trainer)
-        print(f"{summary}{advice}; saved in {training.output_dir}.")
+            summary += recommended(run, trainer)
+        print(f"{summary}; saved in {training.output_dir}.")
 
 
 if __name__ == "__main__":
