@@ -83,20 +83,31 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., int]:
+    """Run a script's main in this process, with these flags; returns its exit code."""
+
+    def run_main(main: Callable[[], None], *flags: object) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+            try:
+                main()
+            except SystemExit as stop:
+                return stop.code or 0
+        return 0
+
+    return run_main
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Callable[..., int]:
+def run(run_script: Callable[..., int], folder: Path, tmp_path: Path) -> Callable[..., int]:
     """Run a script's main in this process, on the tiny checkpoint; returns its exit code."""
 
     def run_main(main: Callable[[], None], *flags: object) -> int:
         given = [str(flag) for flag in flags]
         defaults = {"--model": folder, "--output_dir": tmp_path / "logs"}
         given += [str(item) for flag, value in defaults.items() if flag not in given for item in (flag, value)]
-        monkeypatch.setattr(sys, "argv", ["script.py", *given])
-        try:
-            main()
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
+        return run_script(main, *given)
 
     return run_main
 

@@ -2,7 +2,6 @@
 """The ablation: four variants from one recipe, runs that a kill only interrupts, and the table's figures."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,23 +45,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_main(source: Path, folder: Path, *flags: str) -> int:
-    """Run the script in this process; its exit code."""
-    words = ["ablation.py", *FLAGS.split(), "--data_path", str(source), "--output_dir", str(folder), *flags]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
-        try:
-            ablation.main()
-        except SystemExit as stop:
-            return stop.code
-    return 0
+@pytest.fixture(scope="module")
+def run_main(run_script: Callable[..., int], source: Path) -> Callable[..., int]:
+    """Run the experiment into a folder; returns its exit code."""
+
+    def run_into(folder: Path, *flags: str) -> int:
+        return run_script(ablation.main, *FLAGS.split(), "--data_path", source, "--output_dir", folder, *flags)
+
+    return run_into
 
 
 @pytest.fixture(scope="module")
-def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(run_main: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run."""
     folder = tmp_path_factory.mktemp("finished") / "ablation"
-    assert run_main(source, folder) == 0
+    assert run_main(folder) == 0
     return folder
 
 
@@ -118,15 +115,21 @@ def test_the_variants_are_four_different_models(finished: Path) -> None:
         assert not any(torch.equal(weight, other) for other in first_layers[:number])
 
 
-def test_a_restart_trains_and_measures_nothing_again(source: Path, finished: Path, count_steps: list[int]) -> None:
+def test_a_restart_trains_and_measures_nothing_again(
+    run_main: Callable[..., int], finished: Path, count_steps: list[int]
+) -> None:
     before = {path: path.read_bytes() for path in (finished / "ablation.jsonl", finished / "ablation.csv")}
-    assert run_main(source, finished, "--resume", "True") == 0
+    assert run_main(finished, "--resume", "True") == 0
     assert count_steps == []
     assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(
-    source: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_steps: list[int]
+    run_main: Callable[..., int],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count_steps: list[int],
 ) -> None:
     original = LayerSkipTrainer.training_step
 
@@ -138,13 +141,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(LayerSkipTrainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_main(source, tmp_path / "killed")
+            run_main(tmp_path / "killed")
     assert count_steps == [0, 1, 2, 0, 1]
     assert (tmp_path / "killed" / "layer-dropout-0.incomplete").is_dir()
     assert not (tmp_path / "killed" / "layer-dropout-0").exists()
     assert [line["variant"] for line in RunLog(tmp_path / "killed", "ablation").lines()] == ["baseline"]
 
-    assert run_main(source, tmp_path / "killed", "--resume", "True") == 0
+    assert run_main(tmp_path / "killed", "--resume", "True") == 0
     assert count_steps[5:] == [2, 0, 1, 2, 0, 1, 2]
     assert not list((tmp_path / "killed").glob("*.incomplete"))
     for name in ("layer-dropout-0", "both-0"):
@@ -153,12 +156,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
 
 
 def test_a_half_written_model_is_not_taken_for_a_finished_one(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(small_models.os, "replace", _kill_at_the_model(small_models.os.replace))
         with pytest.raises(KeyboardInterrupt):
-            run_main(source, tmp_path)
+            run_main(tmp_path)
     assert (tmp_path / "baseline-0.incomplete" / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "baseline-0").exists()
     assert RunLog(tmp_path, "ablation").lines() == []
@@ -203,10 +206,15 @@ def test_seeds_may_be_added(finished: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_mistakes_get_one_sentence(
-    source: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, named: str
+    run_main: Callable[..., int],
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    named: str,
 ) -> None:
     words = [str(tmp_path / "new") if word == "NEW" else word for word in flags.split()]
-    assert run_main(source, finished, *words) == 2
+    assert run_main(finished, *words) == 2
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("error: ")
     assert named in sentence

@@ -2,7 +2,7 @@
 """The TOPv2 experiment: what is learnt, what is measured, exact match by hand, and restarts."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,21 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_main(rows: Path, folder: Path, *flags: str) -> int:
-    """Run the script in this process; its exit code."""
-    words = ["topv2.py", *FLAGS.split(), "--data_path", str(rows), "--output_dir", str(folder), *flags]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
-        try:
-            topv2.main()
-        except SystemExit as stop:
-            return stop.code
-    return 0
+@pytest.fixture(scope="module")
+def run_main(run_script: Callable[..., int], rows: Path) -> Callable[..., int]:
+    """Run the experiment into a folder; returns its exit code."""
+
+    def run_into(folder: Path, *flags: str) -> int:
+        return run_script(topv2.main, *FLAGS.split(), "--data_path", rows, "--output_dir", folder, *flags)
+
+    return run_into
 
 
 @pytest.fixture(scope="module")
-def finished(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(run_main: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run."""
     folder = tmp_path_factory.mktemp("finished") / "topv2"
-    assert run_main(rows, folder) == 0
+    assert run_main(folder) == 0
     return folder
 
 
@@ -73,11 +71,11 @@ def test_a_run_leaves_a_model_lines_and_a_table(finished: Path) -> None:
 
 
 def test_a_restart_neither_trains_nor_decodes_again(
-    rows: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    run_main: Callable[..., int], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished / "topv2.jsonl").read_bytes()
     monkeypatch.setattr(LayerSkipTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
-    assert run_main(rows, finished, "--resume", "True") == 0
+    assert run_main(finished, "--resume", "True") == 0
     assert (finished / "topv2.jsonl").read_bytes() == before
 
 
@@ -92,9 +90,9 @@ def test_a_restart_neither_trains_nor_decodes_again(
     ],
 )
 def test_mistakes_get_one_sentence(
-    rows: Path, finished: Path, capsys: pytest.CaptureFixture[str], flags: str, named: str
+    run_main: Callable[..., int], finished: Path, capsys: pytest.CaptureFixture[str], flags: str, named: str
 ) -> None:
-    assert run_main(rows, finished, *flags.split()) == 2
+    assert run_main(finished, *flags.split()) == 2
     sentence = capsys.readouterr().err.splitlines()[-1]
     assert sentence.startswith("error: ")
     assert named in sentence
