@@ -63,7 +63,7 @@ def autoregressive_step(
 
 
 def choose_token(model: LlamaForCausalLM, state: DecodingState, exit_layer: int) -> Tensor:
-    """Read the pending token with layers [0, E) and choose the next."""
+    """Read the pending token with layers [0, E) and choose the next; returns what `DecodingState.commit` does."""
     position_B1 = state.positions(0, 1)
     hidden_B1D = forward_early(model, state.read(position_B1), position_B1, state.cache, exit_layer)
     logits_B1V = state.logits(model, hidden_B1D, position_B1)

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from self_speculation.cache import power_of_two
 from self_speculation.decoding_state import DecodingState, prefill
 
-# A pass is a function of tensors; a step is one of its passes, with `run` as its last argument, which calls them.
+# A pass is a function of tensors; a step calls its passes through its last argument, `run`.
 Pass = Callable[..., Any]
 Run = Callable[..., Any]
 Step = Callable[..., Tensor]
@@ -32,7 +32,7 @@ WARM_UP_RUNS = 2
 
 
 class CompiledStep:
-    """A step over one state, compiled with its sizes; `compile` is `default` or `max`.
+    """A step over one state, whose passes are compiled with its sizes; `compile` is `default` or `max`.
 
     Raises (when it is warmed up):
         ValueError: the step cannot be compiled here.

@@ -91,7 +91,7 @@ def draft_token(
 def verify(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, drafted: list[Drafted]) -> Tensor:
     """Layers [E, L) catch up on the exit states in one pass; the draft is judged by the full model's logits.
 
-    The last drafted token has no exit state yet: layers [0, E) read it first.
+    The last drafted token has no exit state yet: layers [0, E) read it first. Returns what `DecodingState.commit` does.
     """
     num_speculations = len(drafted)
     last_B1, positions_BT = state.positions(num_speculations, 1), state.positions(0, num_speculations + 1)
