@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """What do layer dropout and early-exit loss each do? The same small model trained with neither, either and both.
 
 python benchmarks/ablation.py --output_dir runs/ablation --muon True --exit_weights uniform
@@ -27,7 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, default_data_collator
 
-from arguments import OutputArguments, one_sentence_errors, parse
 from benchmarks.small_models import (
     AUTOREGRESSIVE,
     Cell,
@@ -43,12 +41,13 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from data import TextArguments, read_texts, split_held_out
-from self_speculation.exit_evaluation import evaluate_exits
-from self_speculation.hardware import surroundings
-from self_speculation.run_log import RunLog
-from self_speculation.training import LayerSkipArguments
-from self_speculation.training_data import PackedTexts, Packing, train_tokenizer
+from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.surroundings import surroundings
+from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
+from self_speculation.training.exit_measures import evaluate_exits
+from self_speculation.training.packing import PackedTexts, Packing, train_tokenizer
+from self_speculation.training.trainer import LayerSkipArguments
 
 # Tests, and tables of characters and of help texts, which are not what programs look like.
 LEFT_OUT = ["site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"]
@@ -320,7 +319,7 @@ def report(log: RunLog, ablation: Ablation) -> pd.DataFrame:
 @one_sentence_errors()
 def main() -> None:
     arguments, sizes, both, output = groups = parse(
-        AblationArguments, SmallModelArguments, LayerSkipArguments, OutputArguments
+        AblationArguments, SmallModelArguments, LayerSkipArguments, OutputArguments, description=__doc__
     )
     log = RunLog(Path(output.output_dir), "ablation")
     settings = {name: value for group in groups for name, value in asdict(group).items() if name != "seeds"}

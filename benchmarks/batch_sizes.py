@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """What do batches gain, and what do they cost? Throughput and latency over batch sizes, with and without drafts.
 
 python benchmarks/batch_sizes.py --dtype float32 --max_steps 64 --repeats 3 --batch_sizes 1 2 4 8 16 32
@@ -32,14 +31,14 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from arguments import OutputArguments, one_sentence_errors, parse
-from data import DatasetArguments, prompt_limit, read_examples, shorten
-from self_speculation.benchmarking import Contestant, Round, interleaved, ratio, totals
-from self_speculation.equivalence import Cell, compare
+from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
-from self_speculation.hardware import surroundings
 from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, recommendation
-from self_speculation.run_log import RunLog
+from self_speculation.measuring.equivalence import Cell, compare
+from self_speculation.measuring.figures import Contestant, Round, interleaved, ratio, totals
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.surroundings import surroundings
+from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
 
 STRATEGIES = ("autoregressive", "self_speculative")
 # The batch whose throughput over batch 1's is told at the end, if it was measured.
@@ -106,7 +105,7 @@ class BatchSizesConfig(GenerationConfig):
 @one_sentence_errors()
 def main() -> None:
     arguments, model_arguments, dataset, config, output = groups = parse(
-        BatchSizesArguments, ModelArguments, DatasetArguments, BatchSizesConfig, OutputArguments
+        BatchSizesArguments, ModelArguments, DatasetArguments, BatchSizesConfig, OutputArguments, description=__doc__
     )
     transformers.utils.logging.set_verbosity_error()
     settings = {name: value for group in groups for name, value in asdict(group).items()}

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """What does it cost to score every exit layer at once, against the last layer alone and against one run a layer?
 
 python benchmarks/exit_scores.py --num_layers 12 --vocab_size 4096 --hidden_size 192 --repeats 5
@@ -24,8 +23,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from arguments import one_sentence_errors, parse
-from self_speculation.continuation_scores import ScoredText, score_continuations
+from self_speculation.commands.flags import one_sentence_errors, parse
+from self_speculation.harness.continuation_scores import ScoredText, score_continuations
 
 
 @dataclass
@@ -114,7 +113,7 @@ def measure(model: LlamaForCausalLM, batches: Batches, arguments: ScoresArgument
 
 @one_sentence_errors()
 def main() -> None:
-    [arguments] = parse(ScoresArguments)
+    [arguments] = parse(ScoresArguments, description=__doc__)
     torch.manual_seed(0)
     model = make_model(arguments)
     results = {

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """How near do decoding speeds come to what the memory allows? Measured on synthetic models of real sizes.
 
 python benchmarks/hardware_limit.py --minutes 9
@@ -28,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
 
-from arguments import OutputArguments, one_sentence_errors, parse
 from benchmarks.synthetic import (
     CONTEXT,
     Goal,
@@ -40,7 +38,10 @@ from benchmarks.synthetic import (
     random_prompts,
     sentence,
 )
-from self_speculation.benchmarking import (
+from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.loading import STRATEGIES, choose_device
+from self_speculation.measuring.figures import (
     Contestant,
     Round,
     WeightBytes,
@@ -49,10 +50,8 @@ from self_speculation.benchmarking import (
     speedup,
     totals,
 )
-from self_speculation.generator_base import GenerationConfig
-from self_speculation.hardware import last_level_cache_bytes, memory_bandwidth, surroundings
-from self_speculation.loading import STRATEGIES, choose_device
-from self_speculation.run_log import RunLog
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.surroundings import last_level_cache_bytes, memory_bandwidth, surroundings
 
 OWN = ("autoregressive", "self_speculative")
 RIVALS = ("hf_generate", "hf_early_exit", "hf_static")
@@ -449,7 +448,7 @@ def as_markdown(document: Figures) -> str:
 
 @one_sentence_errors()
 def main() -> None:
-    arguments, goal, output = parse(LimitArguments, Goal, OutputArguments)
+    arguments, goal, output = parse(LimitArguments, Goal, OutputArguments, description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     study = Study(arguments, goal, RunLog(Path(output.output_dir), "hardware_limit"))
     errors = Console(stderr=True, highlight=False, soft_wrap=True)

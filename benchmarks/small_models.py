@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """What experiments on small models share: their shape, training that a kill only interrupts, and speed side by side."""
 
 import os
@@ -23,10 +22,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from self_speculation.benchmarking import Contestant, Round, interleaved, speedup, totals
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.run_log import RunLog
-from self_speculation.training import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.measuring.figures import Contestant, Round, interleaved, speedup, totals
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
 
 HEAD_WIDTH = 32
 CONTEXT = 1024

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Make a synthetic Llama of a real size: random weights, and as much acceptance as you ask for, to measure speed with.
 
 python benchmarks/synthetic.py --shape 160m --acceptance 0.7 --save runs/synthetic-160m
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from arguments import one_sentence_errors, parse
+from self_speculation.commands.flags import one_sentence_errors, parse
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationResult,
@@ -36,7 +35,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.loading import DTYPES, RECOMMENDATION_FILE, choose_device
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
-from self_speculation.training_data import train_tokenizer
+from self_speculation.training.packing import train_tokenizer
 
 CONTEXT = 4096
 PROMPT_TOKENS = 32
@@ -334,7 +333,7 @@ def sentence(config: LlamaConfig) -> str:
 
 @one_sentence_errors()
 def main() -> None:
-    arguments, goal = parse(ShapeArguments, Goal)
+    arguments, goal = parse(ShapeArguments, Goal, description=__doc__)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     shape = dataclasses.replace(find_shape(arguments.shape), **arguments.changes())

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """A small model learns TOPv2's semantic parses by the paper's recipe: what do early exit and self-speculation keep?
 
 python benchmarks/topv2.py --data_path "$LAYERSKIP_DATA/topv2" --output_dir runs/topv2 --muon True --p_max 0.2 \\
@@ -24,7 +23,6 @@ import torch
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from arguments import OutputArguments, one_sentence_errors, parse
 from benchmarks.small_models import (
     AUTOREGRESSIVE,
     Cell,
@@ -38,14 +36,15 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from data import DatasetArguments, Example, read_examples, read_json_lines, text_field
-from self_speculation.benchmarking import Measurement, Round, interleaved
-from self_speculation.early_exit_loss import IGNORED_LABEL
+from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.hardware import surroundings
-from self_speculation.run_log import RunLog
-from self_speculation.training import LayerSkipArguments
-from self_speculation.training_data import train_tokenizer
+from self_speculation.measuring.figures import Measurement, Round, interleaved
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.surroundings import surroundings
+from self_speculation.prompts.sources import DatasetArguments, Example, read_examples, read_json_lines, text_field
+from self_speculation.training.early_exit_loss import IGNORED_LABEL
+from self_speculation.training.packing import train_tokenizer
+from self_speculation.training.trainer import LayerSkipArguments
 
 # The 1.5B model of the paper's section 6, finetuned on TOPv2: exact match, acceptance and speed-up, at 18, 12 and 6
 # of 24 layers.
@@ -186,7 +185,7 @@ def load(
 @one_sentence_errors()
 def main() -> None:
     arguments, sizes, layerskip, output = groups = parse(
-        TopV2Arguments, SmallModelArguments, LayerSkipArguments, OutputArguments
+        TopV2Arguments, SmallModelArguments, LayerSkipArguments, OutputArguments, description=__doc__
     )
     log = RunLog(Path(output.output_dir), "topv2")
     settings = {name: value for group in groups for name, value in asdict(group).items()}

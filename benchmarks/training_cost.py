@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """What do layer dropout and early-exit loss cost in training, in memory and in time?
 
 python benchmarks/training_cost.py --num_layers 8 --hidden_size 256 --vocab_size 32000 --repeats 5
@@ -27,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from arguments import one_sentence_errors, parse
-from self_speculation.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule
-from self_speculation.hardware import surroundings, synchronize
-from self_speculation.layer_dropout import DropoutRates, LayerDropout
-from self_speculation.tensor_memory import TensorMemory
+from self_speculation.commands.flags import one_sentence_errors, parse
+from self_speculation.measuring.surroundings import surroundings, synchronize
+from self_speculation.measuring.tensor_memory import TensorMemory
+from self_speculation.training.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule
+from self_speculation.training.layer_dropout import DropoutRates, LayerDropout
 
 # Steps that a schedule is told of; no more are run.
 NUM_STEPS = 1000
@@ -183,7 +182,7 @@ def rows(arguments: CostArguments) -> list[dict[str, str | float]]:
 
 @one_sentence_errors()
 def main() -> None:
-    [arguments] = parse(CostArguments)
+    [arguments] = parse(CostArguments, description=__doc__)
     found = rows(arguments)
     table = Table("variant", "peak (MB)", "ratio", "tokens/s", "ratio (least to greatest)")
     for row in found:

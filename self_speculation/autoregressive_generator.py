@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Autoregressive decoding: a step with an empty draft. With fewer than all layers it is early exit (section 4.2).
 
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from self_speculation.compilation import CompiledStep, Run, run_eagerly
-from self_speculation.decoding import Decoding, DecodingStrategy
-from self_speculation.decoding_state import DecodingState, prefill
-from self_speculation.early_exit import forward_early
+from self_speculation.decoding.compilation import CompiledStep, Run, run_eagerly
+from self_speculation.decoding.early_exit import forward_early
+from self_speculation.decoding.rows import DecodingState, prefill
+from self_speculation.decoding.session import Decoding, DecodingStrategy
+from self_speculation.decoding.verification import Draft
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, check_exit_layer
-from self_speculation.verification import Draft
 
 
 class AutoregressiveGenerator(DecodingStrategy):

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """The contract of generation: what is asked, the strategy that writes steps, and what comes back.
 
 A strategy writes one method, `steps`. Collecting, timing and streaming are clients of the steps it yields.
@@ -19,8 +18,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from self_speculation.hardware import synchronize
-from self_speculation.stopping import StopReason, StopRule
+from self_speculation.decoding.stopping import StopReason, StopRule
+from self_speculation.measuring.surroundings import synchronize
 
 LEAST_VALUES = {
     "max_steps": 0,

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """From names to things: a model and its tokenizer, the exit layer and draft length to use, a strategy."""
 
 import ast
@@ -20,9 +19,13 @@ from transformers import (
 )
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
-from self_speculation.early_exit import check_supported
+from self_speculation.decoding.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
-from self_speculation.rivals import HuggingfaceEarlyExitGenerator, HuggingfaceGenerator, HuggingfaceStaticGenerator
+from self_speculation.measuring.rivals import (
+    HuggingfaceEarlyExitGenerator,
+    HuggingfaceGenerator,
+    HuggingfaceStaticGenerator,
+)
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Self-speculative decoding (section 4.3 of the paper): the first E layers draft, the others verify, one KV cache.
 
 Shapes: B batch, T = d+1 verified positions, d drafted tokens, D hidden size, V vocabulary.
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from self_speculation.compilation import CompiledStep, Run, run_eagerly
-from self_speculation.decoding import Decoding, DecodingStrategy
-from self_speculation.decoding_state import DecodingState, prefill
-from self_speculation.draft_head import DraftHead
-from self_speculation.early_exit import forward_early, forward_remainder
+from self_speculation.decoding.compilation import CompiledStep, Run, run_eagerly
+from self_speculation.decoding.draft_head import DraftHead
+from self_speculation.decoding.early_exit import forward_early, forward_remainder
+from self_speculation.decoding.rows import DecodingState, prefill
+from self_speculation.decoding.session import Decoding, DecodingStrategy
+from self_speculation.decoding.verification import Draft
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, check_exit_layer
-from self_speculation.verification import Draft
 
 # What a drafted token leaves behind: its exit state (B, 1, D), and the q (B, 1, V) that the next one was drawn from.
 Drafted = tuple[Tensor, Tensor | None]

@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Shows who produced which part of an answer: live on a terminal, with every draft before its verdict, or as a picture.
 
 Drafts are erased by computing how many rows of the terminal they took. Where terminals disagree about the width of a
@@ -22,8 +21,8 @@ from rich.style import Style
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
+from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationResult, RowStep
-from self_speculation.stopping import StopRule
 
 TAB_CELLS = 8
 PICTURE_CELLS = 100

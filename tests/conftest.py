@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """A tiny random Llama and a tokenizer, built in code, scripts run on them, and the rows that `LAYERSKIP_DATA` names."""
 
 import json
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.training_data import train_tokenizer
+from self_speculation.training.packing import train_tokenizer
 
 torch.set_num_threads(1)
 

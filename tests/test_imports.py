@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Imports go strictly downward, the package needs no evaluation package, and functions stay short and typed."""
 
 import ast
@@ -85,9 +84,9 @@ def test_imports_go_downward(source: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "names"),
     [
-        ("from self_speculation.cache import round_up", {"cache"}),
+        ("from self_speculation.decoding.cache import round_up", {"cache"}),
         ("from self_speculation import cache, sampling", {"cache", "sampling"}),
-        ("import self_speculation.cache as c", {"cache"}),
+        ("import self_speculation.decoding.cache as c", {"cache"}),
         ("from benchmarks.synthetic import Shape", {"synthetic"}),
         ("def f():\n    from arguments import parse", {"arguments"}),
         ("import torch, datasets\nfrom transformers import Cache", set()),

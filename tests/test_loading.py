@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """Loading, recommendations, the tie rule, and what the speed benchmark counts."""
 
 import json
@@ -10,7 +9,6 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
-from self_speculation.equivalence import Cell, Difference, compare, first_difference, logit_margin
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import (
     ModelArguments,
@@ -20,7 +18,8 @@ from self_speculation.loading import (
     make_strategy,
     recommendation,
 )
-from self_speculation.rivals import HuggingfaceStaticGenerator
+from self_speculation.measuring.equivalence import Cell, Difference, compare, first_difference, logit_margin
+from self_speculation.measuring.rivals import HuggingfaceStaticGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 
 ROOT = Path(__file__).parents[1]

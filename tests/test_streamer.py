@@ -1,4 +1,3 @@
-# Copyright 2026 the LayerSkip rebuild authors. Licensed under the Apache License, Version 2.0.
 """What streamers show: the screen of an emulated terminal, plain output, and the picture."""
 
 import io
@@ -14,6 +13,7 @@ import pytest
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 
+from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, RowStep
 from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
 from self_speculation.speculative_streamer import (
@@ -23,7 +23,6 @@ from self_speculation.speculative_streamer import (
     colored_pieces,
     export_svg,
 )
-from self_speculation.stopping import StopReason, StopRule
 
 DRAFT, ACCEPTED, RECOVERED, BONUS = "2;33", "32", "1;35", "36"
 END = 0

@@ -1,0 +1,1 @@
+"""The six programs: flags, one call, one report each."""

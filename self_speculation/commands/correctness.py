@@ -1,0 +1,148 @@
+"""Check that self-speculative decoding gives the full model's greedy output, token for token. Exit code 0 or 1.
+
+python correctness.py --exit_layer 1:11 --num_speculations 1,2,4,8 --max_steps 128
+python correctness.py --dataset human_eval --num_samples 20 --model facebook/layerskip-llama3.2-1B
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.generator_base import GenerationConfig, check_exit_layer
+from self_speculation.loading import ModelArguments, load, recommendation
+from self_speculation.measuring.equivalence import Cell, Difference, EquivalenceCheck
+from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+
+
+@dataclass
+class CorrectnessConfig(GenerationConfig):
+    """Greedy decoding over a grid of exit layers and draft lengths."""
+
+    sample: bool = field(default=False, metadata={"help": "Must be False: samples agree in distribution only."})
+    generation_strategy: str = field(
+        default="self_speculative", metadata={"help": "Accepted, and always self_speculative."}
+    )
+    exit_layer: str | None = field(
+        default=None, metadata={"help": "One, a list or a range with both ends: 4 or 1,2,4 or 1:11."}
+    )
+    num_speculations: str | None = field(default=None, metadata={"help": "Likewise."})
+    batch_size: int = field(default=1, metadata={"help": "Prompts decoded together."})
+
+    def __post_init__(self) -> None:
+        if self.sample:
+            raise ValueError("--sample True: sampled outputs agree in distribution, not token for token; use False.")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, not {self.batch_size}.")
+        self.exit_layers = numbers("exit_layer", self.exit_layer, least=1)
+        self.draft_lengths = numbers("num_speculations", self.num_speculations, least=0)
+        self.exit_layer = self.num_speculations = None
+        super().__post_init__()
+
+
+def numbers(flag: str, text: str | None, least: int) -> list[int]:
+    """The numbers of '4', '1,2,4' or '1:11' (both ends included), none below `least`; empty if not given."""
+    values: list[int] = []
+    for item in text.split(",") if text else []:
+        first, colon, last = item.partition(":")
+        try:
+            values += range(int(first), int(last) + 1) if colon else [int(first)]
+        except ValueError as error:
+            raise ValueError(f"--{flag} must look like 4, 1,2,4 or 1:11, not {text!r}.") from error
+    if text is not None and (not values or min(values) < least):
+        raise ValueError(f"--{flag} must name numbers of at least {least}, not {text!r}.")
+    return values
+
+
+@one_sentence_errors()
+def main() -> None:
+    model_arguments, dataset, config, output = parse(
+        ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments, description=__doc__
+    )
+    path = Path(output.output_dir) / "correctness.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    examples = read_examples(dataset, config.seed)
+    model, tokenizer = load(model_arguments)
+    advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
+    cells = [
+        Cell(check_exit_layer(exit_layer, model), num_speculations)
+        for exit_layer in config.exit_layers or [advice.exit_layer]
+        for num_speculations in config.draft_lengths or [advice.num_speculations]
+    ]
+    check = EquivalenceCheck(model, tokenizer, config.generation(), cells)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    examples = shorten(examples, check.baseline.count_tokens, limit)
+    batches = range(0, len(examples), config.batch_size)
+    with tqdm(total=len(batches) * len(cells), desc="Checking", unit="run") as progress:
+        for first in batches:
+            prompts = [example.prompt for example in examples[first : first + config.batch_size]]
+            for _ in check.run(prompts):
+                progress.update()
+                progress.set_postfix(differences=sum(len(cell.differences) for cell in cells))
+    settings = {"model": asdict(model_arguments), "dataset": asdict(dataset), "generation": asdict(config)}
+    path.write_text(json.dumps(document(settings, cells), indent=1))
+    report(cells, tokenizer, path)
+    sys.exit(0 if all(cell.is_correct for cell in cells) else 1)
+
+
+def document(settings: dict[str, Any], cells: list[Cell]) -> dict[str, Any]:
+    """Everything that was found, as one JSON document."""
+    rows = [
+        asdict(cell)
+        | {"acceptance_rate": cell.acceptance_rate, "ties": cell.num_ties, "failures": cell.num_failures}
+        | {"differences": [asdict(difference) | {"is_tie": difference.is_tie} for difference in cell.differences]}
+        for cell in cells
+    ]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "is_correct": all(cell.is_correct for cell in cells),
+        "settings": settings,
+        "versions": versions,
+        "cells": rows,
+    }
+
+
+def report(cells: list[Cell], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """A table of the grid, every difference in words, and the verdict as the last line."""
+    table = Table("exit layer", "drafts", "samples", "equal", "ties", "failures", "acceptance")
+    for cell in cells:
+        equal = cell.num_samples - len(cell.differences)
+        counts = (cell.exit_layer, cell.num_speculations, cell.num_samples, equal, cell.num_ties, cell.num_failures)
+        table.add_row(*map(str, counts), f"{cell.acceptance_rate:.1%}", style=None if cell.is_correct else "red")
+    Console().print(table)
+    for cell in cells:
+        for difference in cell.differences:
+            print(f"E={cell.exit_layer} d={cell.num_speculations} {sentence(difference, tokenizer)}")
+    runs, ties, failures = (
+        sum(values) for values in zip(*((c.num_samples, c.num_ties, c.num_failures) for c in cells), strict=True)
+    )
+    verdict = "PASS" if all(cell.is_correct for cell in cells) else "FAIL"
+    print(f"{verdict}: {runs} runs against the full model, {ties} ties, {failures} failures ({path})")
+
+
+def sentence(difference: Difference, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where two answers differ, in what, and whether rounding explains it."""
+    expected, actual = (
+        "the end" if token is None else repr(tokenizer.decode([token]))
+        for token in (difference.expected_token, difference.actual_token)
+    )
+    kind = "tie" if difference.is_tie else "FAILURE"
+    margin = (
+        "" if difference.margin is None else f", margin {difference.margin:.2e} (tie up to {difference.tolerance:.2e})"
+    )
+    return (
+        f"sample {difference.sample}, token {difference.position}: {expected} expected, {actual} found: {kind}{margin}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Generate text with self-speculative, autoregressive or early-exit decoding; interactive without a prompt.
+
+python generate.py --generation_strategy self_speculative --streamer speculative --prompt "class Stack:"
+torchrun generate.py --model facebook/layerskip-llama3.2-1B --generation_strategy self_speculative
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.interactive import InterruptKey, read_prompts
+from self_speculation.decoding.stopping import StopRule
+from self_speculation.generator_base import (
+    GenerationConfig,
+    GenerationResult,
+    HuggingfaceLlamaGenerator,
+    RowStep,
+    StepStreamer,
+)
+from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, recommendation
+from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
+
+# How long a draft stays on the terminal, so that an eye can see it; no measured time includes it.
+DRAFT_SECONDS = 0.02
+
+
+@dataclass
+class GenerateArguments:
+    """What to answer, and how to show it."""
+
+    prompt: str | None = field(default=None, metadata={"help": "The prompt; asked for when not given."})
+    prompt_file: str | None = field(default=None, metadata={"help": "File whose whole text is the prompt."})
+    streamer: Literal["none", "standard", "speculative"] = field(
+        default="standard",
+        metadata={"help": "Show the answer when it is complete, as it grows, or with its drafts in colour."},
+    )
+    export_svg: str | None = field(
+        default=None, metadata={"help": "Save the answer as an SVG picture, coloured by who produced each token."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("--prompt and --prompt_file exclude each other.")
+        if self.export_svg is not None and not Path(self.export_svg).parent.is_dir():
+            raise ValueError(f"--export_svg {self.export_svg}: there is no such folder.")
+
+    def make_streamer(self) -> StepStreamer | None:
+        """What shows the answer; a prompt that was not typed is shown in front of it."""
+        if self.streamer == "none":
+            return None
+        shows_prompt = self.prompt is not None or self.prompt_file is not None
+        if self.streamer == "standard":
+            return PlainTextStreamer(shows_prompt=shows_prompt)
+        return SpeculativeTextStreamer(shows_prompt=shows_prompt, pause_seconds=DRAFT_SECONDS)
+
+    def prompts(self) -> Iterator[str]:
+        """The prompt of the command line, or those of standard input."""
+        if self.prompt_file is not None:
+            try:
+                yield Path(self.prompt_file).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--prompt_file: {self.prompt_file} is not UTF-8 text.") from error
+        elif self.prompt is not None:
+            yield self.prompt
+        else:
+            yield from read_prompts()
+
+
+class KeyCheckingStreamer:
+    """Passes steps on to a streamer, if there is one, and lets Ctrl-C through between them."""
+
+    def __init__(self, streamer: StepStreamer | None, key: InterruptKey) -> None:
+        self.streamer = streamer
+        self.key = key
+
+    def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
+        """An answer begins."""
+        if self.streamer:
+            self.streamer.begin(prompt, stop_rule)
+
+    def update(self, step: RowStep) -> None:
+        """One more step has been decided."""
+        if self.streamer:
+            self.streamer.update(step)
+        self.key.check()
+
+    def end(self) -> None:
+        """The answer is complete."""
+        if self.streamer:
+            self.streamer.end()
+
+
+def answer(
+    generator: HuggingfaceLlamaGenerator, prompt: str, config: GenerationConfig, streamer: StepStreamer | None
+) -> GenerationResult | None:
+    """Answer one prompt on standard output; None if Ctrl-C ended it."""
+    key = InterruptKey()
+    shown = KeyCheckingStreamer(streamer, key)
+    try:
+        with key.listening():
+            [result] = generator.generate([prompt], config, shown)
+    except KeyboardInterrupt:
+        shown.end()
+        return None
+    if streamer is None:
+        print(result.text)
+    return result
+
+
+def summary(result: GenerationResult, num_prompt_tokens: int) -> str:
+    """Time, speed and acceptance of an answer, in one line."""
+    parts = [f"{len(result.tokens)} tokens in {result.seconds:.2f} s"]
+    if result.prefill_seconds:
+        parts.append(f"prefill {(num_prompt_tokens - 1) / result.prefill_seconds:.0f} tokens/s")
+    if result.decode_tokens:
+        parts.append(f"decode {result.tokens_per_second:.1f} tokens/s")
+    if result.acceptance_rate is not None:
+        parts.append(f"acceptance {result.acceptance_rate:.1%}")
+    parts.append(f"{result.tokens_per_step:.2f} tokens per step")
+    return " · ".join([*parts, f"stopped by {result.stop_reason}"])
+
+
+def save(result: GenerationResult, prompt: str, path: Path) -> None:
+    """Append the answer to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": prompt, **asdict(result)}, ensure_ascii=False) + "\n")
+
+
+@one_sentence_errors()
+def main() -> None:
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    arguments, model_arguments, config, output = parse(
+        GenerateArguments, ModelArguments, GenerationConfig, OutputArguments, description=__doc__
+    )
+    log = Path(output.output_dir) / "generate.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
+    model, tokenizer = load(model_arguments)
+    advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
+    config = fill_in(config, advice)
+    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
+    note(describe(config, advice), style="dim")
+    streamer = arguments.make_streamer()
+    for prompt in arguments.prompts():
+        result = answer(generator, prompt, config, streamer)
+        if result is None:
+            note("interrupted", style="dim")
+            continue
+        save(result, prompt, log)
+        if arguments.export_svg:
+            stop_rule = generator.stop_rule(config)
+            export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
+        note(summary(result, len(generator.encode(prompt))), style="bold")
+
+
+def describe(config: GenerationConfig, advice: Recommendation) -> str:
+    """The strategy and what it was told to do, in one line."""
+    parts = [config.generation_strategy]
+    if config.exit_layer is not None:
+        parts.append(f"exit layer {config.exit_layer}")
+    if config.num_speculations is not None:
+        parts.append(f"{config.num_speculations} drafts")
+    chosen = (config.exit_layer, config.num_speculations) == (advice.exit_layer, advice.num_speculations)
+    return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
+
+
+if __name__ == "__main__":
+    main()

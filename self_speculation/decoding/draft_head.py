@@ -1,0 +1,79 @@
+"""An LM head for drafting that reads the rows of the most frequent tokens only.
+
+A draft may be wrong, so it may also not know rare tokens; verification reads the whole head, and the output stays the
+full model's. It pays where the head is large beside the layers that draft.
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N tokens that can be drafted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from self_speculation.decoding.fused_layers import linear, weight_version
+
+COUNTS_FILE = "token_counts.npy"
+
+
+@dataclass(frozen=True, eq=False)
+class DraftHead:
+    """The rows (N, D) of the LM head that belong to the tokens (N), which ascend; `source` is the whole head."""
+
+    rows_ND: Tensor
+    tokens_N: Tensor
+    source: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM, num_tokens: int) -> "DraftHead":
+        """The head for the `num_tokens` most frequent tokens, by the counts beside the checkpoint.
+
+        Raises:
+            ValueError: more tokens than the vocabulary has, or an LM head that is no plain matrix.
+        """
+        head, vocabulary = model.lm_head, model.config.vocab_size
+        if num_tokens > vocabulary:
+            raise ValueError(f"--draft_vocab must be at most {vocabulary}, the model's vocabulary, not {num_tokens}.")
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise ValueError(f"--draft_vocab needs a plain LM head, and this model's is a {type(head).__name__}.")
+        tokens_N = token_order(Path(model.name_or_path), vocabulary)[:num_tokens].sort().values
+        tokens_N = tokens_N.to(head.weight.device)
+        return cls(head.weight.data[tokens_N], tokens_N, head.weight, weight_version(head.weight))
+
+    def is_of(self, model: LlamaForCausalLM, num_tokens: int) -> bool:
+        """Whether the model's head still is what the rows were read from."""
+        weight = model.lm_head.weight
+        return len(self.tokens_N) == num_tokens and weight is self.source and weight_version(weight) == self.version
+
+    def logits(self, model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of an exit's hidden states; those of all other tokens are −∞."""
+        logits_BTN = linear(model.model.norm(hidden_BTD), self.rows_ND)
+        impossible = logits_BTN.new_full((*logits_BTN.shape[:2], len(self.source)), float("-inf"))
+        return impossible.index_copy(-1, self.tokens_N, logits_BTN)
+
+
+def token_order(folder: Path, vocab_size: int) -> Tensor:
+    """Tokens (V), the most frequent first, by the counts in the folder; without any, the vocabulary's own order.
+
+    Raises:
+        ValueError: the counts are not one number for each token.
+    """
+    path = folder / COUNTS_FILE
+    if not path.is_file():
+        return torch.arange(vocab_size)
+    try:
+        counts_V = np.load(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a NumPy array.") from error
+    if counts_V.shape != (vocab_size,):
+        raise ValueError(f"{path} has counts of shape {counts_V.shape}, not one for each of {vocab_size} tokens.")
+    return torch.from_numpy(np.argsort(-counts_V, kind="stable"))
+
+
+def save_counts(counts_V: Tensor, folder: Path) -> None:
+    """Keep beside a checkpoint how often each token (V) occurs in its training text."""
+    np.save(folder / COUNTS_FILE, counts_V.numpy())

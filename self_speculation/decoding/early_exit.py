@@ -1,0 +1,117 @@
+"""A Llama model cut at a layer (section 4.2 of the paper).
+
+`forward_early` runs layers [0, E), `forward_remainder` layers [E, L), `exit_logits` the final norm and LM head that
+all exits share. This is the only file that knows how transformers calls a decoder layer.
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from self_speculation.decoding.cache import PositionAddressedCache
+from self_speculation.decoding.fused_layers import Addressing, fused_layer, is_summed, linear
+
+ROPE_PER_CALL = ("dynamic", "longrope")
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers could not be cut and cached by position; switch its attention to `sdpa`.
+
+    Raises:
+        ValueError: another family than Llama, or rotary frequencies that depend on the longest position of a call.
+    """
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(f"--model is a {type(model).__name__}: only Llama models (LlamaForCausalLM) can exit early.")
+    rope_type = (model.config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type in ROPE_PER_CALL:
+        raise ValueError(
+            f"--model uses {rope_type!r} RoPE scaling, whose frequencies change with the length of each call; "
+            "drafting and verification would disagree."
+        )
+    if model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+
+
+def embed(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
+    """x_0 (B, T, D) of the tokens."""
+    return model.model.embed_tokens(tokens_BT)
+
+
+def run_layers(
+    model: LlamaForCausalLM,
+    hidden_BTD: Tensor,
+    layers: range,
+    positions_BT: Tensor,
+    cache: PositionAddressedCache | None,
+) -> Tensor:
+    """Run the given layers over hidden states at the given positions, reading and writing the cache.
+
+    Without a cache the positions must start at 0: there `sdpa` is causal by itself.
+    """
+    mask_B1TW = None if cache is None else cache.address(positions_BT)
+    position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
+    num_groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    addressing = Addressing.of(position_embeddings, mask_B1TW, num_groups)
+    for layer in layers:
+        fused = fused_layer(model.model.layers[layer])
+        if fused is not None:
+            hidden_BTD = fused(hidden_BTD, addressing, cache)
+            continue
+        hidden_BTD = model.model.layers[layer](
+            hidden_BTD,
+            attention_mask=mask_B1TW,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_embeddings=position_embeddings,
+        )
+    return hidden_BTD
+
+
+def exit_logits(model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
+    """Logits (B, T, V) of hidden states that leave any layer: the final norm and the LM head."""
+    normed_BTD = model.model.norm(hidden_BTD)
+    if is_summed(normed_BTD) and type(model.lm_head) is nn.Linear and model.lm_head.bias is None:
+        return linear(normed_BTD, model.lm_head.weight)
+    return model.lm_head(normed_BTD)
+
+
+def forward_early(
+    model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache, exit_layer: int
+) -> Tensor:
+    """The exit states (B, T, D): what leaves layers [0, E)."""
+    return run_layers(model, embed(model, tokens_BT), range(exit_layer), positions_BT, cache)
+
+
+def forward_remainder(
+    model: LlamaForCausalLM,
+    exit_states_BTD: Tensor,
+    positions_BT: Tensor,
+    cache: PositionAddressedCache,
+    exit_layer: int,
+) -> Tensor:
+    """Hidden states (B, T, D) after the last layer, going on from the exit states through layers [E, L)."""
+    layers = range(exit_layer, model.config.num_hidden_layers)
+    return run_layers(model, exit_states_BTD, layers, positions_BT, cache)
+
+
+def forward(model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache) -> Tensor:
+    """Hidden states (B, T, D) after all L layers."""
+    return forward_early(model, tokens_BT, positions_BT, cache, model.config.num_hidden_layers)
+
+
+def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:
+    """Hidden states (B, T, D) at each of the exit layers, which ascend: one pass without a cache, as far as the last.
+
+    Rows start at position 0 and are padded on the right.
+    """
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    hidden_BTD = embed(model, tokens_BT)
+    for first, last in itertools.pairwise([0, *exit_layers]):
+        hidden_BTD = run_layers(model, hidden_BTD, range(first, last), positions_BT, cache=None)
+        yield hidden_BTD

@@ -1,0 +1,206 @@
+"""Llama's decoder layers with their weights side by side: one product for q, k and v, one for gate and up.
+
+The fused matrices are the storage, and the model's parameters become views of them: memory stays the same, and the
+model stays an ordinary one. What moves the parameters (`.to()`, loading with `assign=True`) breaks the views, so
+`fuse` looks at them before every generation. Layers that are not plain (quantised, adapted, hooked, replaced) are left
+to transformers.
+
+Shapes: B batch, T positions of this call, W visible keys, D hidden size, H query heads, G query heads for each of the
+key-value heads, K head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+
+from self_speculation.decoding.cache import PositionAddressedCache
+
+# The longest call whose queries are folded: there it saves time, and its mask is small.
+MOST_FOLDED = 64
+PLAIN_MODULES = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation}
+
+
+@dataclass(frozen=True)
+class Addressing:
+    """What all layers of a call share: rotary cosines and signed sines (B, T, 1, K), and the mask.
+
+    None at prefill, where attention is causal by itself; else for long calls the visible keys (B, 1, T, W), and for
+    short ones *folded*: added to the scores, (B, 1, G·T, W), for the queries that share a key head stand in one row.
+    """
+
+    cos_BT1K: Tensor
+    sin_BT1K: Tensor
+    mask: Tensor | None
+    is_folded: bool
+
+    @classmethod
+    def of(cls, rotary: tuple[Tensor, Tensor], mask_B1TW: Tensor | None, num_groups: int) -> "Addressing":
+        """From the rotary embedding's cosines and sines (B, T, K) and the mask of visible keys."""
+        cos_BTK, sin_BTK = rotary
+        first, second = sin_BTK.chunk(2, dim=-1)
+        mask, is_folded = mask_B1TW, mask_B1TW is not None and mask_B1TW.shape[2] <= MOST_FOLDED
+        if is_folded:
+            hidden = torch.full((), float("-inf"), dtype=cos_BTK.dtype, device=cos_BTK.device)
+            mask = torch.where(mask_B1TW, 0.0, hidden).repeat(1, 1, num_groups, 1)
+        return cls(cos_BTK[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None], mask, is_folded)
+
+    def rotate(self, heads_BTHK: Tensor) -> Tensor:
+        """Rotary position embedding: each half of a head is the other's partner."""
+        partner_BTHK = heads_BTHK.roll(heads_BTHK.shape[-1] // 2, dims=-1)
+        return torch.addcmul(heads_BTHK * self.cos_BT1K, partner_BTHK, self.sin_BT1K)
+
+
+class FusedLayer:
+    """One decoder layer; `heads` and `gate_up` are the fused matrices."""
+
+    def __init__(self, layer: LlamaDecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index = attention.layer_idx
+        self.head_dim = attention.head_dim
+        self.num_groups = attention.num_key_value_groups
+        self.num_key_heads = attention.k_proj.out_features // attention.head_dim
+        # Parameters, so that a compiler that is to prepack weights knows them for such.
+        self.heads = nn.Parameter(_side_by_side(attention.q_proj, attention.k_proj, attention.v_proj), False)
+        self.gate_up = nn.Parameter(_side_by_side(mlp.gate_proj, mlp.up_proj), False)
+        self.attention_out = attention.o_proj.weight
+        self.mlp_out = mlp.down_proj.weight
+        self.attention_norm = layer.input_layernorm
+        self.mlp_norm = layer.post_attention_layernorm
+
+    def is_of(self, layer: LlamaDecoderLayer) -> bool:
+        """Whether the layer's parameters still are what is stored here."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return (
+            _lie_in(self.heads, attention.q_proj, attention.k_proj, attention.v_proj)
+            and _lie_in(self.gate_up, mlp.gate_proj, mlp.up_proj)
+            and self.attention_out is attention.o_proj.weight
+            and self.mlp_out is mlp.down_proj.weight
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """A copied model has parameters of its own, which are not fused yet."""
+
+    def __call__(self, hidden_BTD: Tensor, addressing: Addressing, cache: PositionAddressedCache | None) -> Tensor:
+        """What leaves the layer (B, T, D); without a cache, positions see those of this call."""
+        heads_BTHK = linear(_norm(self.attention_norm, hidden_BTD), self.heads).unflatten(-1, (-1, self.head_dim))
+        num_rotated = heads_BTHK.shape[2] - self.num_key_heads
+        rotated_BTHK = addressing.rotate(heads_BTHK[:, :, :num_rotated])
+        query_BTHK, key_BTHK = rotated_BTHK.tensor_split((num_rotated - self.num_key_heads,), dim=2)
+        value_BTHK = heads_BTHK[:, :, num_rotated:]
+        keys, values = key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.index)
+        attended_BTD = self._attend(query_BTHK, keys, values, addressing)
+        hidden_BTD = hidden_BTD + linear(attended_BTD, self.attention_out)
+        gate, up = linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
+        return hidden_BTD + linear(F.silu(gate) * up, self.mlp_out)
+
+    def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, addressing: Addressing) -> Tensor:
+        """Attention (B, T, H·K); no key is repeated for the queries that share it."""
+        mask = addressing.mask
+        if not addressing.is_folded:
+            attended = F.scaled_dot_product_attention(
+                query_BTHK.transpose(1, 2),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=self.num_groups > 1,
+            )
+            return attended.transpose(1, 2).flatten(2)
+        batch_size, length = query_BTHK.shape[:2]
+        query = query_BTHK.unflatten(2, (-1, self.num_groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        if is_summed(query_BTHK):
+            attended = _attend_by_sums(query, keys, values, mask)
+        else:
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        attended = attended.unflatten(2, (self.num_groups, length)).permute(0, 3, 1, 2, 4)
+        return attended.reshape(batch_size, length, -1)
+
+
+def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x Wᵀ, (B, T, O)."""
+    if not is_summed(x_BTD) or torch._inductor.config.freezing:
+        return F.linear(x_BTD, weight_OD)
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    return (x_BTD[..., None, :].to(wide) * weight_OD.to(wide)).sum(-1).to(x_BTD.dtype)
+
+
+def is_summed(x_BTX: Tensor) -> bool:
+    """Whether products are written as sums of products: for one position in a graph that is compiled for a CPU.
+
+    The compiler fuses the sums with what stands around them, and they read each weight once. A call of the library
+    that multiplies matrices takes several times as long to begin.
+    """
+    return torch.compiler.is_compiling() and x_BTX.device.type == "cpu" and x_BTX.shape[:2] == (1, 1)
+
+
+def _attend_by_sums(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries (B, H, G, K) to keys and values (B, H, W, K)."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query, keys, values = query.to(wide), keys.to(wide), values.to(wide)
+    scores = (query[..., None, :] * keys[:, :, None]).sum(-1) * query.shape[-1] ** -0.5 + mask
+    return (scores.softmax(-1)[..., None] * values[:, :, None]).sum(-2).to(mask.dtype)
+
+
+def fuse(model: LlamaForCausalLM) -> None:
+    """Fuse every plain layer that is not fused, or whose parameters were moved since."""
+    for layer in model.model.layers:
+        fused = fused_layer(layer)
+        if not _is_plain(layer):
+            layer.fused = None
+        elif fused is None or not fused.is_of(layer):
+            layer.fused = FusedLayer(layer)
+
+
+def fused_layer(layer: nn.Module) -> FusedLayer | None:
+    """The layer's fused form, if it has one."""
+    return vars(layer).get("fused")
+
+
+def weight_version(weight: Tensor) -> int:
+    """How often the weight was changed in place; tensors made in inference mode do not count."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is as transformers made it: no other kinds of modules, no biases, no hooks."""
+    for module in layer.modules():
+        is_changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if type(module) not in PLAIN_MODULES or is_changed:
+            return False
+    weights = dict(layer.named_parameters())
+    dtype = layer.self_attn.q_proj.weight.dtype
+    return dtype.is_floating_point and all(
+        name.endswith("weight") and weight.dtype == dtype and not weight.is_meta for name, weight in weights.items()
+    )
+
+
+@torch.inference_mode(False)
+def _side_by_side(*linears: nn.Linear) -> Tensor:
+    """The weights as one matrix, of which each becomes a view; one that can be trained, wherever this is called."""
+    fused = torch.cat([linear.weight.data for linear in linears])
+    first = 0
+    for linear in linears:
+        linear.weight.data = fused[first : first + linear.out_features]
+        first += linear.out_features
+    return fused
+
+
+def _lie_in(fused: Tensor, *linears: nn.Linear) -> bool:
+    """Whether the weights are the fused matrix's rows, in order."""
+    pointer = fused.data_ptr()
+    for linear in linears:
+        if linear.weight.data_ptr() != pointer:
+            return False
+        pointer += linear.weight.nbytes
+    return True
+
+
+def _norm(norm: LlamaRMSNorm, hidden_BTD: Tensor) -> Tensor:
+    return F.rms_norm(hidden_BTD, norm.weight.shape, norm.weight, norm.variance_epsilon)

@@ -1,0 +1,87 @@
+"""How likely given continuations are at each exit layer (section 4.2 of the paper), from one pass over their texts.
+
+The norm and the LM head run on the scored positions only, one exit at a time and in chunks.
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N scored positions, S continuations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from self_speculation.decoding.early_exit import exit_logits, forward_exits
+from self_speculation.decoding.fused_layers import fuse
+
+# The most logits alive at once.
+CHUNK_LOGITS = 2**22
+
+
+class Score(NamedTuple):
+    """A continuation's log-likelihood, and whether greedy decoding would have written it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Tokens that the model reads, and the continuations that it is asked about.
+
+    Each continuation's last token follows the last token read; those before it are the end of what is read.
+    """
+
+    tokens: tuple[int, ...]
+    continuations: list[tuple[int, ...]]
+
+
+@torch.inference_mode()
+def score_continuations(
+    model: LlamaForCausalLM, texts: Sequence[ScoredText], exit_layers: Sequence[int], dtype: torch.dtype | None = None
+) -> list[list[Score]]:
+    """Scores of all continuations of a batch, text by text, for each of the exit layers (which ascend).
+
+    `dtype` is what the softmax is computed in; the model's own by default.
+    """
+    fuse(model)
+    device = model.get_input_embeddings().weight.device
+    tokens_BT = torch.zeros(len(texts), max(len(text.tokens) for text in texts), dtype=torch.long)
+    for row, text in enumerate(texts):
+        tokens_BT[row, : len(text.tokens)] = torch.tensor(text.tokens)
+    places_4N = torch.tensor(_places(texts)).T.contiguous()
+    owner_N = places_4N[3]
+    num_continuations = int(owner_N[-1]) + 1
+    scores = []
+    for hidden_BTD in forward_exits(model, tokens_BT.to(device), exit_layers):
+        row_N, position_N, target_N, _ = places_4N.to(hidden_BTD.device)
+        token_scores_2N = _token_scores(model, hidden_BTD[row_N, position_N], target_N, dtype)
+        sums_2S = torch.zeros(2, num_continuations, dtype=torch.double).index_add_(1, owner_N, token_scores_2N)
+        scores.append([Score(total, misses == 0) for total, misses in sums_2S.T.tolist()])
+    return scores
+
+
+def _places(texts: Sequence[ScoredText]) -> list[tuple[int, int, int, int]]:
+    """Row, position, the token asked about and the number of its continuation, for every scored position."""
+    places = []
+    owner = 0
+    for row, text in enumerate(texts):
+        for continuation in text.continuations:
+            first = len(text.tokens) - len(continuation)
+            places += [(row, first + offset, token, owner) for offset, token in enumerate(continuation)]
+            owner += 1
+    return places
+
+
+def _token_scores(model: LlamaForCausalLM, hidden_ND: Tensor, target_N: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Each target's log-probability, and 1 where it is not the most probable token: (2, N), on the CPU in float64."""
+    size = max(1, CHUNK_LOGITS // model.config.vocab_size)
+    chunks = []
+    for hidden_nD, target_n in zip(hidden_ND.split(size), target_N.split(size), strict=True):
+        log_p_nV = exit_logits(model, hidden_nD).log_softmax(-1, dtype=dtype)
+        target_n = target_n.to(log_p_nV.device)
+        log_p_n = log_p_nV.gather(1, target_n[:, None]).squeeze(1)
+        chunks.append(torch.stack([log_p_n.double(), (log_p_nV.argmax(-1) != target_n).double()]).cpu())
+    return torch.cat(chunks, dim=1)

@@ -1,0 +1,1 @@
+"""Measuring: strategies side by side, predictions, equivalence, what surrounds a figure, pictures."""

@@ -1,0 +1,194 @@
+"""Tokens a second at every (E, d), predicted: how many steps an answer takes, times what a step costs.
+
+The steps follow from one teacher-forced pass over a few answers of the full model, which tells for every exit layer
+at every position whether its draft would be accepted. The cost of a step is that of its passes, each timed by itself:
+d drafted tokens, and a verification.
+
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit layers, N tokens of the answer.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaForCausalLM
+
+from self_speculation.decoding.compilation import Pass, compiled, compiling
+from self_speculation.decoding.draft_head import DraftHead
+from self_speculation.decoding.early_exit import exit_logits, forward_exits
+from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.rows import DecodingState, prefill
+from self_speculation.decoding.sampling import probabilities, process_logits, warpers
+from self_speculation.decoding.session import Decoding
+from self_speculation.generator_base import (
+    GenerationConfig,
+    GenerationRequest,
+    GenerationResult,
+    HuggingfaceLlamaGenerator,
+)
+from self_speculation.measuring.acceptance import step_counts
+from self_speculation.measuring.surroundings import synchronize
+from self_speculation.self_speculation_generator import draft_token, verify
+
+# Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
+# many are not timed, for caches hold what other passes left.
+CALLS = 4
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Median seconds of single passes of a batch: a token's draft at E, and the verification at (E, d)."""
+
+    draft: dict[int, float]
+    verification: dict[tuple[int, int], float]
+
+    def seconds(self, cell: tuple[int, int], steps: float, drafted: float) -> float:
+        """What so many steps and drafts take at an (E, d); at d = 0 there are no drafts."""
+        return steps * self.verification[cell] + (drafted * self.draft[cell[0]] if drafted else 0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An answer of the full model: how long it might have been, and how each exit would have drafted it, (E, N)."""
+
+    result: GenerationResult
+    limit: int
+    chances_EN: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What to expect of one cell of the grid, end to end."""
+
+    exit_layer: int
+    num_speculations: int
+    tokens_per_second: float
+    acceptance_rate: float
+    tokens_per_step: float
+
+
+def profile(
+    generator: HuggingfaceLlamaGenerator, config: GenerationConfig, prompt: str | list[int], exit_layers: list[int]
+) -> Profile:
+    """Answer a prompt with the generator's strategy, the full model's, and see what each exit would have drafted."""
+    tokens = generator.encode(prompt)
+    request = generator.request([tokens], config)
+    [result] = generator.generate([tokens], config)
+    chances_EN = acceptance_chances(generator.model, request, result.tokens, exit_layers)
+    context = generator.model.config.max_position_embeddings
+    return Profile(result, min(config.max_steps, context - len(tokens)), chances_EN)
+
+
+@torch.inference_mode()
+def acceptance_chances(
+    model: LlamaForCausalLM, request: GenerationRequest, tokens: list[int], exit_layers: list[int]
+) -> NDArray[np.float64]:
+    """How likely each token of the full model's answer is to be accepted as a draft of each exit layer, (E, N).
+
+    Greedy: whether the exit's most probable token is the answer's. Sampling: the overlap Σ min(p, q).
+    """
+    fuse(model)
+    config = request.config
+    tokens_1T = torch.tensor([request.prompts[0] + tokens], device=model.device)
+    first = len(request.prompts[0]) - 1
+    positions_1N = torch.arange(first, first + len(tokens), device=model.device)[None]
+    depths = range(1, model.config.num_hidden_layers + 1)
+    states = [state_1TD[:, first:-1] for state_1TD in forward_exits(model, tokens_1T, depths)]
+
+    def logits(depth: int) -> Tensor:
+        logits_1NV = exit_logits(model, states[depth - 1])
+        processors = request.all_processors()
+        return process_logits(logits_1NV, processors, tokens_1T, positions_1N) if processors else logits_1NV
+
+    if not config.sample:
+        agrees = [logits(exit_layer).argmax(-1) == tokens_1T[:, first + 1 :] for exit_layer in exit_layers]
+        return torch.cat(agrees).double().cpu().numpy()
+    filters = warpers(config.temperature, config.top_k, config.top_p)
+    p_1NV = probabilities(logits(len(states)), filters)
+    overlaps = [torch.minimum(p_1NV, probabilities(logits(layer), filters)).sum(-1) for layer in exit_layers]
+    return torch.cat(overlaps).double().cpu().numpy()
+
+
+@torch.inference_mode()
+def measure_passes(
+    model: LlamaForCausalLM,
+    request: GenerationRequest,
+    cells: list[tuple[int, int]],
+    rounds: int = ROUNDS,
+    calls: int = CALLS,
+) -> PassCosts:
+    """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
+    longest = max(num_speculations for _, num_speculations in cells)
+    decoding = Decoding(model, request, longest)
+    # What is timed again and again always starts from the same tokens.
+    decoding.state.active_B.zero_()
+    prefill(model, decoding.state, model.config.num_hidden_layers)
+    decoding.state.cache.see(max(map(len, request.prompts)) + longest)
+    passes = _passes(model, decoding.state, cells, request.config)
+    with compiling(model, request.config.compile):
+        for run in passes.values():
+            run()
+    seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
+    for _ in tqdm(range(rounds), desc="Timing passes", unit="round"):
+        for key, run in passes.items():
+            for _ in range(calls // 4):
+                run()
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            synchronize()
+            seconds[key].append((time.perf_counter() - start) / calls)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    return PassCosts(
+        draft={key[0]: value for key, value in median.items() if len(key) == 1},
+        verification={key: value for key, value in median.items() if len(key) == 2},
+    )
+
+
+def _passes(
+    model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]], config: GenerationConfig
+) -> dict[tuple[int, ...], Callable[[], object]]:
+    """A token's draft under (E), verification under (E, d); compiled if decoding is."""
+    draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
+
+    def prepared(function: Pass, *arguments: object) -> Callable[[], object]:
+        return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
+
+    passes: dict[tuple[int, ...], Callable[[], object]] = {}
+    for exit_layer, num_speculations in cells:
+        indices = state.cache.positions_C[:num_speculations]
+        drafted = [draft_token(model, state, index, exit_layer, draft_head) for index in indices]
+        if num_speculations:
+            passes[exit_layer,] = prepared(draft_token, model, state, indices[0], exit_layer, draft_head)
+        passes[exit_layer, num_speculations] = prepared(verify, model, state, exit_layer, drafted)
+    return passes
+
+
+def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:
+    """Every cell's tokens a second over the profiled answers; the profiles have the cells' exit layers in order."""
+    rows = {exit_layer: row for row, exit_layer in enumerate(sorted({exit_layer for exit_layer, _ in cells}))}
+    counts = {
+        drafts: [step_counts(one.chances_EN, drafts, one.limit) for one in profiles]
+        for drafts in {drafts for _, drafts in cells}
+    }
+    num_tokens = sum(len(one.result.tokens) for one in profiles)
+    prefill_seconds = sum(one.result.prefill_seconds for one in profiles)
+    predictions = []
+    for exit_layer, drafts in cells:
+        row = rows[exit_layer]
+        steps = sum(float(one.steps_E[row]) for one in counts[drafts])
+        drafted = sum(float(one.drafted_E[row]) for one in counts[drafts])
+        accepted = sum(float(one.accepted_E[row]) for one in counts[drafts])
+        seconds = prefill_seconds + costs.seconds((exit_layer, drafts), steps, drafted)
+        rates = (num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps)
+        predictions.append(Prediction(exit_layer, drafts, *rates))
+    return predictions

@@ -1,0 +1,1 @@
+"""Prompts: one table of datasets, how their rows are read, formatted and fitted to a context."""

@@ -1,0 +1,180 @@
+"""Early-exit loss (section 4.1.2 of the paper).
+
+    J(X, Y, t) = Σ_l ẽ(t, l) · CE(g(x_{l+1}), Y),    ẽ(t, l) = C(t, l) · e(l) / Σ_i C(t, i) · e(i)
+
+g is the model's own final norm and LM head, shared by all exits. Layers are numbered l = 0 … L−1; an exit layer E
+means "run the first E layers", so exit E reads x_E and has l = E−1.
+
+Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows or a chunk of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+Curriculum = Literal["rotational", "gradual", "none"]
+ExitWeights = Literal["paper", "uniform"]
+ExitTarget = Literal["labels", "last_layer"]
+
+IGNORED_LABEL = -100
+CHUNK_TOKENS = 512
+
+
+def paper_weight(layer: int, num_layers: int, e_scale: float) -> float:
+    """e(l) = e_scale · Σ_{i=0..l} i for l < L−1; e(L−1) = (L−1) + e_scale · Σ_{i=0..L−2} i."""
+    if layer < num_layers - 1:
+        return e_scale * layer * (layer + 1) / 2
+    return (num_layers - 1) + e_scale * (num_layers - 2) * (num_layers - 1) / 2
+
+
+def uniform_weight(layer: int, num_layers: int, e_scale: float) -> float:
+    """e(l) = e_scale for l < L−1 and 1 for the last layer: for shallow models, whose first exits e(l) starves."""
+    return e_scale if layer < num_layers - 1 else 1.0
+
+
+def rotational_curriculum(index: int, step: int, interval: int) -> bool:
+    """C_rot,R: every R-th exit of the list is enabled, shifted by one each step."""
+    return index % interval == step % interval
+
+
+def gradual_curriculum(index: int, step: int, num_exits: int, num_steps: int) -> bool:
+    """C_grad: exits are enabled from the last one down, one more every T/(2L) steps, all of them from T/2 on."""
+    return index >= num_exits - 1 - 2 * num_exits * step // num_steps
+
+
+@dataclass(frozen=True)
+class ExitSchedule:
+    """ẽ(t, l): which exits are trained at a step, and with what weight."""
+
+    num_layers: int
+    num_steps: int
+    exit_layers: tuple[int, ...]
+    curriculum: Curriculum = "rotational"
+    rotation_interval: int = 4
+    strict_rotation: bool = False
+    weights: ExitWeights = "paper"
+    e_scale: float = 1.0
+
+    def enabled(self, index: int, step: int) -> bool:
+        """C(t, l) for the exit at `index` in `exit_layers`; the last layer is always on unless rotation is strict."""
+        if self.exit_layers[index] == self.num_layers and not self.strict_rotation:
+            return True
+        if self.curriculum == "rotational":
+            return rotational_curriculum(index, step, self.rotation_interval)
+        if self.curriculum == "gradual":
+            return gradual_curriculum(index, step, len(self.exit_layers), self.num_steps)
+        return True
+
+    def at(self, step: int) -> dict[int, float]:
+        """Exit layer → ẽ(t, l), for the exits enabled at `step` whose weight is not zero; the weights sum to 1.
+
+        Where all of them weigh nothing (e(0) = 0, alone in a strict rotation), the last layer is trained.
+        """
+        weight = paper_weight if self.weights == "paper" else uniform_weight
+        raw = {
+            exit_layer: weight(exit_layer - 1, self.num_layers, self.e_scale)
+            for index, exit_layer in enumerate(self.exit_layers)
+            if self.enabled(index, step)
+        }
+        total = sum(raw.values())
+        if not total:
+            return {self.num_layers: 1.0}
+        return {exit_layer: value / total for exit_layer, value in raw.items() if value > 0}
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Σ CE(g(x), Y) over the labelled positions, in float32."""
+    return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def distillation_cross_entropy(logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Σ CE(g(x), softmax of the last layer's logits) over the labelled positions, in float32."""
+    teacher_NV = teacher_logits_NV.float().softmax(-1)
+    per_row_N = F.cross_entropy(logits_NV.float(), teacher_NV, reduction="none")
+    return per_row_N[labels_N != IGNORED_LABEL].sum()
+
+
+class EarlyExitLoss:
+    """The loss J, computed inside the model's own `forward` while it trains with labels; removable again.
+
+    Inside, because DDP and FSDP prepare the shared norm and head around that call. The logits of one exit at
+    `chunk_tokens` positions live at a time: each chunk is computed under checkpointing and again in the backward pass.
+    The trainer sets `step`.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        schedule: ExitSchedule,
+        target: ExitTarget,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.target = target
+        self.chunk_tokens = chunk_tokens
+        self.step = 0
+
+    def attach(self) -> None:
+        """Replace the model's `forward` for calls in training mode that bring labels."""
+        self.model.forward = self._with_loss(self.model.forward)
+
+    def remove(self) -> None:
+        """Give the model its class's `forward` back."""
+        self.model.__dict__.pop("forward", None)
+
+    def _with_loss(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def forward_with_early_exit_loss(
+            *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+        ) -> Any:
+            if labels is None or not self.model.training:
+                return forward(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+            kwargs |= {"output_hidden_states": True, "use_cache": False}
+            hidden_states = self.model.model(*args, **kwargs).hidden_states
+            return CausalLMOutput(loss=self.loss(hidden_states, labels, num_items_in_batch))
+
+        return forward_with_early_exit_loss
+
+    def loss(
+        self, hidden_states: tuple[Tensor, ...], labels_BT: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """J(X, Y, t): the summed cross-entropies, weighted by ẽ(t, l), per labelled token.
+
+        `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed.
+        """
+        labels_N = F.pad(labels_BT, (0, 1), value=IGNORED_LABEL)[:, 1:].flatten()
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels_N != IGNORED_LABEL).sum()
+        total = torch.zeros((), dtype=torch.float32, device=labels_N.device)
+        last_ND = hidden_states[-1].detach().flatten(0, 1)
+        for exit_layer, weight in self.schedule.at(self.step).items():
+            hidden_ND = hidden_states[exit_layer].flatten(0, 1)
+            total = total + weight * self._exit_loss(exit_layer, hidden_ND, last_ND, labels_N)
+        return total / num_items_in_batch
+
+    def _exit_loss(self, exit_layer: int, *rows: Tensor) -> Tensor:
+        """Σ CE of one exit, from its hidden states, the last layer's, and the labels, a chunk of rows at a time."""
+        # `split`, because its gradients are joined once, where every slice would have one of the whole size.
+        chunks = zip(*(tensor.split(self.chunk_tokens) for tensor in rows), strict=True)
+        return sum(
+            checkpoint(self._chunk_loss, exit_layer, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        )
+
+    def _chunk_loss(self, exit_layer: int, hidden_ND: Tensor, last_ND: Tensor, labels_N: Tensor) -> Tensor:
+        is_last = exit_layer == self.schedule.num_layers
+        logits_NV = self.model.lm_head(hidden_ND if is_last else self.model.model.norm(hidden_ND))
+        if is_last or self.target == "labels":
+            return cross_entropy(logits_NV, labels_N)
+        with torch.no_grad():
+            teacher_logits_NV = self.model.lm_head(last_ND)
+        return distillation_cross_entropy(logits_NV, teacher_logits_NV, labels_N)

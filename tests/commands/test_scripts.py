@@ -1,0 +1,216 @@
+"""The scripts as a user runs them, on a tiny model, and the mistakes that they refuse."""
+
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from self_speculation.autoregressive_generator import EarlyExitGenerator
+from self_speculation.commands import benchmark, correctness, generate, sweep
+from self_speculation.commands.interactive import InterruptKey, read_prompts
+from self_speculation.loading import BUNDLED_CHECKPOINT
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "def add(a, b):"
+
+
+def test_generate_gives_the_same_text_by_every_lossless_way(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = set()
+    for flags in (
+        ["--generation_strategy", "autoregressive"],
+        ["--generation_strategy", "self_speculative", "--exit_layer", 2, "--num_speculations", 3],
+        ["--generation_strategy", "self_speculative", "--streamer", "speculative"],
+        ["--generation_strategy", "self_speculative", "--streamer", "none"],
+        ["--generation_strategy", "early_exit", "--exit_layer", 6],
+    ):
+        assert run(generate.main, "--prompt", PROMPT, "--sample", "False", "--max_steps", 20, *flags) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+    assert len(texts.pop()) > 5
+
+
+def test_autoregressive_with_an_exit_layer_is_early_exit(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for strategy, exit_layer in (("autoregressive", 2), ("early_exit", 2), ("early_exit", 6)):
+        flags = ["--generation_strategy", strategy, "--exit_layer", exit_layer, "--sample", "False"]
+        assert run(generate.main, "--prompt", PROMPT, "--max_steps", 20, *flags) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_saves_answers_and_a_picture_and_says_what_it_did(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "answer.svg"
+    flags = ["--generation_strategy", "self_speculative", "--max_steps", 12, "--export_svg", picture]
+    assert run(generate.main, "--prompt", PROMPT, *flags) == 0
+    said = capsys.readouterr().err
+    assert "exit layer 1, 4 drafts" in said
+    assert re.search(r"12 tokens in .* prefill .* decode .* acceptance .* tokens per step", said.replace("\n", " "))
+    [row] = [json.loads(line) for line in (tmp_path / "logs" / "generate.jsonl").read_text().splitlines()]
+    assert row["prompt"] == PROMPT
+    assert len(row["tokens"]) == 12
+    assert "<svg" in picture.read_text()
+
+
+def test_piped_input_is_one_prompt(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f():\n    return\n"))
+    assert run(generate.main, "--max_steps", 3) == 0
+    assert json.loads((tmp_path / "logs" / "generate.jsonl").read_text())["prompt"] == "def f():\n    return"
+
+
+def test_correctness_passes_over_a_grid_and_writes_one_document(
+    run: Callable[..., int], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dtype", "float64", "--exit_layer", "1:3", "--num_speculations", "1,4", "--num_samples", 3]
+    code = run(correctness.main, *flags, "--max_steps", 16, "--batch_size", 2, "--data_path", rows, "--n_shot", 1)
+    assert code == 0
+    found = json.loads((tmp_path / "logs" / "correctness.json").read_text())
+    assert found["is_correct"]
+    assert [(cell["exit_layer"], cell["num_speculations"]) for cell in found["cells"]] == [
+        (exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in (1, 4)
+    ]
+    assert all(cell["num_samples"] == 3 and not cell["differences"] for cell in found["cells"])
+    assert "PASS: 18 runs" in capsys.readouterr().out
+
+
+def test_correctness_shortens_articles_that_do_not_fit_and_says_so(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "articles.jsonl"
+    articles = ["word " * 400, "short"]
+    path.write_text("".join(json.dumps({"document": text, "summary": "x"}) + "\n" for text in articles))
+    flags = ["--dataset", "xsum_summarization", "--data_path", path, "--dtype", "float64", "--exit_layer", 2]
+    assert run(correctness.main, *flags, "--num_speculations", 2, "--max_steps", 8) == 0
+    assert "1 of 2 prompts were shortened to 248 tokens" in capsys.readouterr().err
+    assert run(correctness.main, *flags, "--max_prompt_tokens", 3) == 2
+    assert "--max_prompt_tokens" in capsys.readouterr().err
+
+
+def test_correctness_reports_a_difference_and_fails(
+    run: Callable[..., int],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Early exit, passed off as self-speculative decoding."""
+    monkeypatch.setattr(
+        "self_speculation.measuring.equivalence.SelfSpeculativeGenerator.steps",
+        lambda self, request: EarlyExitGenerator(self.model).steps(request),
+    )
+    flags = ["--data_path", rows, "--num_samples", 2, "--max_steps", 8, "--exit_layer", 2, "--num_speculations", 2]
+    code = run(correctness.main, *flags)
+    assert code == 1
+    found = json.loads((tmp_path / "logs" / "correctness.json").read_text())
+    assert not found["is_correct"]
+    assert found["cells"][0]["failures"] == 2
+    said = capsys.readouterr().out
+    assert "FAILURE" in said
+    assert "FAIL: 2 runs" in said
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_session(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = iter([KeyboardInterrupt])
+
+    def check(self: InterruptKey) -> None:
+        for interrupt in checks:
+            raise interrupt
+
+    monkeypatch.setattr(InterruptKey, "check", check)
+    monkeypatch.setattr(generate, "read_prompts", lambda: iter(["def first():", "def second():"]))
+    assert run(generate.main, "--max_steps", 3) == 0
+    assert "interrupted" in capsys.readouterr().err
+    [row] = (tmp_path / "logs" / "generate.jsonl").read_text().splitlines()
+    assert json.loads(row)["prompt"] == "def second():"
+
+
+def test_under_torchrun_ctrl_c_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = pty.openpty()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    stdin = os.fdopen(terminal)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    key = InterruptKey()
+    with key.listening():
+        key.check()
+        os.write(controller, b"x")
+        key.check()
+        os.write(controller, b"\x03")
+        with pytest.raises(KeyboardInterrupt):
+            key.check()
+    os.write(controller, b"a line\n")
+    assert stdin.readline() == "a line\n"
+    stdin.close()
+    os.close(controller)
+
+
+def test_prompts_are_typed_until_ctrl_d_and_blank_ones_are_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    typed = iter(["def f():", "    x = 1", EOFError, "", EOFError, "more", EOFError, EOFError])
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if line is EOFError:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    assert list(read_prompts()) == ["def f():\n    x = 1", "more"]
+    assert "Ctrl-D" in capsys.readouterr().out
+
+
+def readme_commands() -> list[str]:
+    """Every command of the README that runs one of the scripts on the bundled checkpoint."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
+
+
+BRIEF = ["--num_samples", 1, "--repeats", 1]
+SCRIPTS = {
+    "generate.py": (generate.main, []),
+    "correctness.py": (correctness.main, ["--num_samples", 1, "--exit_layer", 3, "--num_speculations", 2]),
+    "benchmark.py": (benchmark.main, [*BRIEF, "--score_text", "False"]),
+    "sweep.py": (sweep.main, [*BRIEF, "--duel_repeats", 1, "--exit_layer_last", 2, "--num_speculations_last", 2]),
+}
+
+
+@pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if re.search("--repeats|--mode both", command) else [])
+        for command in readme_commands()
+        if command.split()[1] in SCRIPTS
+    ],
+)
+def test_the_readme_s_commands_run(
+    command: str, run: Callable[..., int], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Briefly, on the bundled checkpoint and local rows."""
+    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("self_speculation.measuring.figures.live_tensor_bytes", lambda: 12345)
+    script, *flags = shlex.split(command)[1:]
+    main, brief = SCRIPTS[script]
+    flags += ["--model", str(BUNDLED_CHECKPOINT)]
+    if "--dataset" in flags:
+        flags += ["--dataset", "custom_jsonl", "--data_path", str(rows)]
+    if main is generate.main and "--prompt" not in flags:
+        flags += ["--prompt", PROMPT]
+    assert run(main, *flags, *brief, "--max_steps", 4) == 0

@@ -1,0 +1,447 @@
+"""The sweep, by the grid and by the prediction, on a tiny model; killed and resumed; and its pictures."""
+
+import csv
+import itertools
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.patches import Rectangle
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from self_speculation.commands import generate, sweep
+from self_speculation.loading import ModelArguments
+from self_speculation.measuring import pictures as grid_pictures
+from self_speculation.measuring.figures import Contestant, Measurement
+from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 6
+PROMPTS = ["def add(a, b):", "for i in", "class Näme"]
+COUNTS = ("exit_layer", "num_speculations", "acceptance_rate", "tokens_per_step")
+COLUMNS = (
+    "exit_layer,num_speculations,tokens_per_second,decode_tokens_per_second,speedup,acceptance_rate,tokens_per_step"
+)
+SHORT = ("--sample", "False", "--max_steps", 8, "--finalists", 1, "--repeats", 1, "--duel_repeats", 1)
+SMALL_GRID = ("--exit_layer_last", 3, "--num_speculations_last", 2)
+SMALL_CELLS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A checkpoint of the tiny model, in float64, with later layers damped so that its exits agree now and then."""
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight *= 0.15
+            layer.mlp.down_proj.weight *= 0.15
+    path = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Three short prompts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "response": "x"}) + "\n" for prompt in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def run_sweep(run: Run, rows: Path) -> Run:
+    """Run the sweep in this process, shortly; later flags win. Returns its exit code."""
+    return lambda *flags: run(sweep.main, *SHORT, "--data_path", rows, *flags)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn, but not saved, which takes longer than a tiny sweep."""
+    monkeypatch.setattr(grid_pictures, "_save", lambda figure, path: None)
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    """Where results go."""
+    return tmp_path / "logs"
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """The CSV, whose first line is the header."""
+    text = (folder / "sweep.csv").read_text()
+    assert text.splitlines()[0] == COLUMNS
+    return list(csv.DictReader(text.splitlines()))
+
+
+def cells_of(rows: list[dict[str, str]]) -> list[tuple[int, int]]:
+    """The cells of the CSV, which begins with the autoregressive baseline."""
+    assert (rows[0]["exit_layer"], rows[0]["num_speculations"], float(rows[0]["speedup"])) == ("", "", 1.0)
+    return [(int(row["exit_layer"]), int(row["num_speculations"])) for row in rows[1:]]
+
+
+def counts_of(folder: Path) -> list[tuple[str, ...]]:
+    """What follows from the tokens alone, of every row of the CSV."""
+    return [tuple(row[name] for name in COUNTS) for row in table(folder)]
+
+
+def document(folder: Path) -> dict[str, Any]:
+    """The results, which must be JSON that every reader takes."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads((folder / "sweep.json").read_text(), parse_constant=refuse)
+
+
+def assert_is_picture(path: Path) -> None:
+    """A PNG with something on it, and a PDF."""
+    pixels = imread(path)
+    assert pixels.shape[0] > 200
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 10
+    pdf = path.with_suffix(".pdf").read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert b"%%EOF" in pdf[-20:]
+
+
+# The grid
+
+
+def test_grid_measures_every_cell_and_ends_with_a_command_that_runs(
+    run: Run, run_sweep: Run, logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep("--num_speculations_last", 2, "--finalists", 2) == 0
+    said = capsys.readouterr().out
+
+    rows = table(logs)
+    assert cells_of(rows) == list(itertools.product(range(1, LAYERS), (1, 2)))
+    for row in rows:
+        assert float(row["speedup"]) == float(row["tokens_per_second"]) / float(rows[0]["tokens_per_second"])
+        assert float(row["tokens_per_second"]) > 0
+        assert float(row["decode_tokens_per_second"]) > 0
+        assert 1 <= float(row["tokens_per_step"]) <= 1 + int(row["num_speculations"] or 0)
+    assert rows[0]["acceptance_rate"] == ""
+    rates = [float(row["acceptance_rate"]) for row in rows[1:]]
+    assert all(0.2 < rate < 0.95 for rate in rates)
+    assert len(set(rates)) > 5
+
+    found = document(logs)
+    assert [tuple(row["cell"] or ()) for row in found["grid"]] == [(), *cells_of(rows)]
+    assert found["choices"].keys() == found["seconds"].keys() == {"grid"}
+    fastest = max(found["grid"][1:], key=lambda row: row["tokens_per_second"])
+    assert found["choices"]["grid"] == fastest["cell"]
+    assert found["seconds"]["grid"] == pytest.approx(sum(row["wall_seconds"] for row in found["grid"]))
+    ranked = sorted(found["grid"][1:], key=lambda row: -row["tokens_per_second"])
+    assert sorted(row["cell"] for row in found["final"]) == sorted(row["cell"] for row in ranked[:2])
+    assert found["final"][0]["speedup"] >= found["final"][1]["speedup"]
+    best = [found["best"][name] for name in ("exit_layer", "num_speculations")]
+    assert best == found["final"][0]["cell"]
+    assert found["best"]["samples"] == 3
+    assert found["predicted"] == []
+    assert found["arguments"]["num_speculations_last"] == 2
+    assert found["surroundings"]["dtype"] == "torch.float64"
+    assert [json.loads(line) for line in (logs / "sweep.jsonl").read_text().splitlines()] == found["grid"]
+
+    for name in ("sweep_speed.png", "sweep_acceptance.png"):
+        assert_is_picture(logs / name)
+        assert str(logs / name) in said
+    assert not (logs / "sweep_prediction.png").exists()
+
+    command = shlex.split(said.splitlines()[-1])
+    assert command[:2] == ["python", "generate.py"]
+    flags = dict(zip(command[2::2], command[3::2], strict=True))
+    assert [int(flags["--exit_layer"]), int(flags["--num_speculations"])] == best
+    more = ["--prompt", PROMPTS[0], "--max_steps", "4", "--output_dir", str(logs)]
+    assert run(generate.main, *command[2:], *more) == 0
+    [answer] = (logs / "generate.jsonl").read_text().splitlines()
+    assert len(json.loads(answer)["tokens"]) == 4
+
+
+def test_the_command_names_what_is_not_default() -> None:
+    model_arguments = ModelArguments(model="a folder", dtype="float32")
+    command = sweep.command(model_arguments, sweep.SweepConfig(sample=False), (3, 5))
+    assert command == (
+        "python generate.py --model 'a folder' --dtype float32 --generation_strategy self_speculative "
+        "--exit_layer 3 --num_speculations 5 --sample False"
+    )
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    ("flags", "cells"),
+    [
+        (["--exit_layer_step", 2, "--num_speculations_last", 1], [(1, 1), (3, 1), (5, 1)]),
+        (
+            ["--exit_layer_first", 5, "--num_speculations_first", 2, "--num_speculations_step", 3],
+            [(5, 2), (5, 5)],
+        ),
+        (["--exit_layer_first", 4, "--exit_layer_last", 6, "--exit_layer_step", 2], [(4, 3), (6, 3)]),
+    ],
+)
+def test_steps_and_ends_of_the_axes(
+    run_sweep: Run, logs: Path, flags: list[object], cells: list[tuple[int, int]]
+) -> None:
+    if "--num_speculations_first" not in flags:
+        flags = ["--num_speculations_first", cells[0][1], "--num_speculations_last", cells[0][1], *flags]
+    assert run_sweep("--max_steps", 2, "--num_samples", 1, *flags) == 0
+    assert cells_of(table(logs)) == cells
+
+
+def test_default_axes(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    cells = sweep.SweepArguments().cells(make_model(num_hidden_layers=4))
+    assert cells == list(itertools.product((1, 2, 3), range(1, 7)))
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_every_cell_answers_the_same_prompts(run_sweep: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[tuple[str, int | None, int | None], list[tuple[list[int], list[int]]]] = {}
+    measure = Contestant.run
+
+    def spy(self: Contestant, prompts: list[list[int]]) -> list[Measurement]:
+        [measurement], config = measure(self, prompts), self.config
+        key = (config.generation_strategy, config.exit_layer, config.num_speculations)
+        seen.setdefault(key, []).append((prompts[0], measurement.tokens))
+        return [measurement]
+
+    monkeypatch.setattr(Contestant, "run", spy)
+    assert run_sweep(*SMALL_GRID) == 0
+    expected = [("autoregressive", None, None), *(("self_speculative", *cell) for cell in SMALL_CELLS)]
+    assert list(seen) == expected
+    answers = seen["autoregressive", None, None]
+    assert len({tuple(prompt) for prompt, _ in answers}) == 3
+    # Once in the grid, once more if it is measured again at the end: the baseline and one finalist.
+    assert sorted(map(len, seen.values())) == [3] * 5 + [6] * 2
+    assert all(answers[: len(own)] == own for own in seen.values())
+    assert answers[3:] == answers[:3]
+
+
+def test_only_the_first_process_sweeps(run_sweep: Run, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run_sweep() == 0
+    assert not logs.exists()
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_transformers_own_early_exit_is_swept_too(
+    run_sweep: Run, logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--generation_strategy", "hf_early_exit", "--exit_layer_last", 2, "--num_speculations_last", 1]
+    assert run_sweep(*flags, "--num_samples", 1) == 0
+    assert cells_of(table(logs)) == [(1, 1), (2, 1)]
+    assert "--generation_strategy hf_early_exit" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["fast", "both"])
+def test_transformers_own_early_exit_cannot_be_predicted(
+    run_sweep: Run, logs: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep("--generation_strategy", "hf_early_exit", "--mode", mode) == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert f"--mode {mode}" in sentence
+    assert "hf_early_exit" in sentence
+    assert not logs.exists()
+
+
+# The prediction
+
+
+def test_fast_predicts_every_cell_and_measures_the_best(run_sweep: Run, logs: Path) -> None:
+    assert run_sweep("--mode", "fast", *SMALL_GRID, "--profile_samples", 2, "--finalists", 2) == 0
+    found = document(logs)
+    predicted = {(one["exit_layer"], one["num_speculations"]): one for one in found["predicted"]}
+    assert list(predicted) == SMALL_CELLS
+    ranked = sorted(SMALL_CELLS, key=lambda cell: -predicted[cell]["tokens_per_second"])
+    assert {tuple(row["cell"]) for row in found["final"]} == set(ranked[:2])
+    assert found["choices"] == {"fast": found["final"][0]["cell"]}
+    assert found["seconds"].keys() == {"fast"}
+    assert found["best"]["samples"] == 2
+    assert found["grid"] == []
+    for name in ("sweep_speed.png", "sweep_acceptance.png"):
+        assert_is_picture(logs / name)
+
+
+def test_fast_foretells_exactly_what_the_grid_counts_and_both_duel(
+    run_sweep: Run, logs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run_sweep("--mode", "both", "--exit_layer_step", 2, "--num_speculations_last", 3, "--profile_samples", 3) == 0
+    )
+    found = document(logs)
+    measured = {tuple(row["cell"]): row for row in found["grid"][1:]}
+    predicted = {(one["exit_layer"], one["num_speculations"]): one for one in found["predicted"]}
+    assert measured.keys() == predicted.keys() == set(itertools.product((1, 3, 5), (1, 2, 3)))
+    for cell, one in predicted.items():
+        assert one["acceptance_rate"] == pytest.approx(measured[cell]["acceptance_rate"], rel=1e-12)
+        assert one["tokens_per_step"] == pytest.approx(measured[cell]["tokens_per_step"], rel=1e-12)
+        assert one["tokens_per_second"] > 0
+
+    assert found["choices"].keys() == found["seconds"].keys() == {"fast", "grid"}
+    assert found["choices"]["grid"] == max(found["grid"][1:], key=lambda row: row["tokens_per_second"])["cell"]
+    duellists = [row["cell"] for row in found["final"]]
+    assert sorted(duellists) == sorted(map(list, {tuple(cell) for cell in found["choices"].values()}))
+    assert duellists[0] == [found["best"]["exit_layer"], found["best"]["num_speculations"]]
+    assert_is_picture(logs / "sweep_prediction.png")
+    assert str(logs / "sweep_prediction.png") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["grid", "fast", "both"])
+def test_answers_of_no_tokens_are_refused(
+    run_sweep: Run, logs: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep("--mode", mode, "--max_steps", 0) == 2
+    assert "--max_steps must be at least 1" in capsys.readouterr().err
+    assert not logs.exists()
+
+
+# Interruptions
+
+QUICK_GRID = (*SMALL_GRID, "--num_samples", 1)
+
+
+class InterruptionError(Exception):
+    """What no one catches."""
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(
+    run_sweep: Run, folder: Path, rows: Path, tmp_path: Path, logs: Path
+) -> None:
+    assert run_sweep(*QUICK_GRID, "--output_dir", tmp_path / "uninterrupted") == 0
+    flags = [*SHORT, *QUICK_GRID, "--data_path", rows, "--model", folder, "--output_dir", logs]
+    process = subprocess.Popen([sys.executable, "sweep.py", *map(str, flags)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not ((logs / "sweep.jsonl").is_file() and (logs / "sweep.jsonl").read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(random.Random(7).uniform(0, 0.2))
+    finally:
+        process.kill()
+        process.wait()
+    before = (logs / "sweep.jsonl").read_text()
+    done = before.count("\n")
+    rows_before = table(logs)[:done]
+    assert done >= 1
+
+    assert run_sweep(*QUICK_GRID, "--resume", "True") == 0
+    assert cells_of(table(logs)) == SMALL_CELLS
+    assert counts_of(logs) == counts_of(tmp_path / "uninterrupted")
+    assert (logs / "sweep.jsonl").read_text().startswith(before)
+    assert (logs / "sweep.jsonl").read_text().count("\n") == 7
+    assert table(logs)[: len(rows_before)] == rows_before
+    assert sorted(path.name for path in logs.iterdir()) == sorted(
+        path.name for path in (tmp_path / "uninterrupted").iterdir()
+    )
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_only_what_is_missing_is_measured_after_an_interruption(
+    run_sweep: Run, tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third cell is interrupted, in the middle of its line."""
+    assert run_sweep(*QUICK_GRID, "--output_dir", tmp_path / "uninterrupted") == 0
+    measure, measured = sweep.Sweep._measure, []
+
+    def until_the_third(self: sweep.Sweep, cell: sweep.Cell | None) -> dict[str, Any]:
+        measured.append(cell)
+        if cell == (2, 1):
+            with (logs / "sweep.jsonl").open("a") as file:
+                file.write('{"cell": [2, 1], "tok')
+            raise InterruptionError
+        return measure(self, cell)
+
+    monkeypatch.setattr(sweep.Sweep, "_measure", until_the_third)
+    with pytest.raises(InterruptionError):
+        run_sweep(*QUICK_GRID)
+    assert measured == [None, (1, 1), (1, 2), (2, 1)]
+    assert cells_of(table(logs)) == [(1, 1), (1, 2)]
+    before = table(logs)
+    capsys.readouterr()
+
+    assert run_sweep(*QUICK_GRID, "--resume", "True", "--max_steps", 9) == 2
+    assert "--max_steps 8, not 9" in capsys.readouterr().err
+
+    measured.clear()
+    monkeypatch.setattr(sweep.Sweep, "_measure", lambda self, cell: measured.append(cell) or measure(self, cell))
+    assert run_sweep(*QUICK_GRID, "--resume", "True") == 0
+    assert measured == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    assert table(logs)[:3] == before
+    assert counts_of(logs) == counts_of(tmp_path / "uninterrupted")
+
+    measured.clear()
+    assert run_sweep(*QUICK_GRID, "--resume", "True") == 0
+    assert measured == []
+
+
+def test_nothing_to_resume_is_a_mistake(run_sweep: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_sweep("--resume", "True") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+# Pictures
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """The figures that are saved; they are saved all the same."""
+    saved: list[Figure] = []
+    save = grid_pictures._save
+    monkeypatch.setattr(grid_pictures, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    return saved
+
+
+def test_a_map_with_missing_cells(figures: list[Figure], tmp_path: Path) -> None:
+    values = {(2, 1): 10.0, (2, 3): 20.0, (7, 1): 50.0}
+    grid = GridMap("A title", values, {(2, 1): "a", (7, 1): "c"}, best=(7, 1))
+    save_map(grid, tmp_path / "map.png")
+    assert_is_picture(tmp_path / "map.png")
+    axes = figures[0].axes[0]
+    shown = np.ma.filled(axes.images[0].get_array(), np.nan)
+    np.testing.assert_array_equal(shown, [[10.0, 20.0], [50.0, np.nan]])
+    assert axes.images[0].origin == "lower"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["2", "7"]
+    texts = {text.get_text(): (text.get_position(), text.get_color()) for text in axes.texts}
+    assert texts == {"a": ((0, 0), "white"), "c": ((0, 1), "black")}
+    [frame] = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert frame.get_xy() == (-0.5, 0.5)
+    assert axes.get_title() == "A title"
+
+
+def test_a_map_of_one_cell_without_a_best(figures: list[Figure], tmp_path: Path) -> None:
+    save_map(GridMap("", {(1, 1): 0.0}, {}), tmp_path / "map.png")
+    assert_is_picture(tmp_path / "map.png")
+    assert list(figures[0].axes[0].patches) == []
+
+
+def test_a_scatter_picture_states_the_median_error(figures: list[Figure], tmp_path: Path) -> None:
+    """Of the cells that are both predicted and measured: 10 %, 20 % and 50 % off."""
+    predicted = {(1, 1): 110.0, (1, 2): 160.0, (3, 1): 450.0, (4, 4): 1.0}
+    measured = {(1, 1): 100.0, (1, 2): 200.0, (3, 1): 300.0, (5, 5): 1.0}
+    save_scatter(predicted, measured, tmp_path / "scatter.png")
+    assert_is_picture(tmp_path / "scatter.png")
+    axes = figures[0].axes[0]
+    assert axes.get_title() == "3 cells, median error 20.0%"
+    points = np.asarray(axes.collections[0].get_offsets())
+    np.testing.assert_array_equal(points, [[100, 110], [200, 160], [300, 450]])
+    assert list(axes.collections[0].get_array()) == [1, 1, 3]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("measured tokens/s", "predicted tokens/s")

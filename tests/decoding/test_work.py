@@ -1,0 +1,245 @@
+"""What decoding costs and touches: layer applications, LM-head rows, cache bytes, and stale entries."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LogitsProcessorList
+
+from self_speculation import autoregressive_generator, self_speculation_generator
+from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.decoding.cache import BUCKET
+from self_speculation.decoding.session import Decoding
+from self_speculation.decoding.stopping import StopRule
+from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStrategy
+from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+
+NUM_LAYERS = 6
+LENGTHS = (1, 3, 12, 60)
+
+
+def make_request(prompts: list[list[int]], **fields: object) -> GenerationRequest:
+    """A greedy request that only the limit ends."""
+    config = GenerationConfig(**{"max_steps": 15, "sample": False, "exit_layer": 4, "num_speculations": 3} | fields)
+    return GenerationRequest(
+        prompts, config, StopRule(frozenset(), frozenset(), (), lambda tokens: ""), LogitsProcessorList()
+    )
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randint(2, 300, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def decode(strategy: GenerationStrategy, request: GenerationRequest) -> list[list[int]]:
+    tokens: list[list[int]] = [[] for _ in request.prompts]
+    for step in strategy.steps(request):
+        for row, row_step in zip(tokens, step.rows, strict=True):
+            row += row_step.tokens
+    return tokens
+
+
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Decoding]:
+    """Every run of a strategy during the test, so that its state can be looked at."""
+    runs: list[Decoding] = []
+
+    class RecordedDecoding(Decoding):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            runs.append(self)
+
+    for module in (autoregressive_generator, self_speculation_generator):
+        monkeypatch.setattr(module, "Decoding", RecordedDecoding)
+    return runs
+
+
+@dataclass
+class Work:
+    """Tokens that went through each layer, calls of each layer, and tokens that went through the LM head."""
+
+    layer_tokens: list[int]
+    layer_calls: list[int]
+    head_tokens: int
+
+
+@contextmanager
+def counted(model: LlamaForCausalLM) -> Iterator[Work]:
+    work = Work([0] * NUM_LAYERS, [0] * NUM_LAYERS, 0)
+
+    def count_layer(index: int) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+            work.layer_calls[index] += 1
+            work.layer_tokens[index] += args[0].shape[1]
+
+        return hook
+
+    def count_head(module: nn.Module, args: tuple[Tensor]) -> None:
+        work.head_tokens += args[0].shape[1]
+
+    hooks = [layer.register_forward_pre_hook(count_layer(index)) for index, layer in enumerate(model.model.layers)]
+    hooks.append(model.lm_head.register_forward_pre_hook(count_head))
+    try:
+        yield work
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def work_of_steps(strategy: GenerationStrategy, request: GenerationRequest, count: int) -> list[Work]:
+    """The work of prefill and of the first steps."""
+    steps, works = strategy.steps(request), []
+    for _ in range(count):
+        with counted(strategy.model) as work:
+            next(steps)
+        works.append(work)
+    return works
+
+
+# Layers and head
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_speculations", [0, 1, 3])
+@pytest.mark.parametrize("exit_layer", [1, 4, 6])
+def test_work_of_a_self_speculative_step(
+    exit_layer: int, num_speculations: int, num_rows: int, model: LlamaForCausalLM
+) -> None:
+    """d·E + L layer applications, each of the d + 1 tokens once per layer, and d + (d + 1) rows of the LM head."""
+    request = make_request(make_prompts()[-num_rows:], exit_layer=exit_layer, num_speculations=num_speculations)
+    prefill, *steps = work_of_steps(SelfSpeculativeGenerator(model), request, 3)
+    assert prefill == Work([59] * NUM_LAYERS, [1] * NUM_LAYERS, 0)
+    drafting, verifying = exit_layer, NUM_LAYERS - exit_layer
+    for work in steps:
+        assert sum(work.layer_calls) == num_speculations * exit_layer + NUM_LAYERS
+        assert work.layer_calls == [num_speculations + 1] * drafting + [1] * verifying
+        assert work.layer_tokens == [num_speculations + 1] * NUM_LAYERS
+        assert work.head_tokens == num_speculations + num_speculations + 1
+
+
+@pytest.mark.parametrize("exit_layer", [None, 1, 4])
+def test_work_of_an_autoregressive_step(exit_layer: int | None, model: LlamaForCausalLM) -> None:
+    """All layers, whatever `exit_layer` says."""
+    request = make_request(make_prompts(), exit_layer=exit_layer)
+    prefill, *steps = work_of_steps(AutoregressiveGenerator(model), request, 3)
+    assert prefill == Work([59] * NUM_LAYERS, [1] * NUM_LAYERS, 0)
+    assert steps == [Work([1] * NUM_LAYERS, [1] * NUM_LAYERS, 1)] * 2
+
+
+@pytest.mark.parametrize("exit_layer", [1, 4, 6])
+def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM, decodings: list[Decoding]) -> None:
+    """E layers in prefill and step, and a cache of E layers."""
+    request = make_request(make_prompts(), exit_layer=exit_layer)
+    prefill, *steps = work_of_steps(EarlyExitGenerator(model), request, 3)
+    mine, others = [1] * exit_layer, [0] * (NUM_LAYERS - exit_layer)
+    assert prefill == Work([59 * one for one in mine] + others, mine + others, 0)
+    assert steps == [Work(mine + others, mine + others, 1)] * 2
+    assert [keys is not None for keys in decodings[0].state.cache.keys] == [bool(one) for one in mine + others]
+
+
+def test_the_draft_is_no_longer_than_the_limit_allows(model: LlamaForCausalLM) -> None:
+    """With two tokens to go the step drafts one, with one to go none."""
+    for max_steps, num_drafted in ((1, 0), (2, 1), (3, 2)):
+        request = make_request(make_prompts(), max_steps=max_steps, num_speculations=8)
+        _, work = work_of_steps(SelfSpeculativeGenerator(model), request, 2)
+        assert work.head_tokens == num_drafted + num_drafted + 1
+
+
+# Surgery
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3, 5])
+def test_identity_layers_accept_everything(exit_layer: int, make_model: Callable[..., LlamaForCausalLM]) -> None:
+    """With the layers from E on the identity, all is accepted: ⌈N/(d+1)⌉ steps, and early exit is the full model."""
+    model = make_model()
+    with torch.no_grad():
+        for layer in model.model.layers[exit_layer:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    expected = decode(AutoregressiveGenerator(model), make_request(make_prompts()))
+    assert decode(EarlyExitGenerator(model), make_request(make_prompts(), exit_layer=exit_layer)) == expected
+    for num_speculations in (1, 3, 4, 8, 40):
+        request = make_request(make_prompts(), exit_layer=exit_layer, num_speculations=num_speculations)
+        _, *steps = SelfSpeculativeGenerator(model).steps(request)
+        assert len(steps) == -(-15 // (num_speculations + 1))
+        for row in range(len(LENGTHS)):
+            rows = [step.rows[row] for step in steps]
+            assert [row_step.accepted for row_step in rows] == [len(row_step.drafted) for row_step in rows]
+            assert [token for row_step in rows for token in row_step.tokens] == expected[row]
+
+
+def test_early_exit_at_the_last_layer_is_autoregressive(model: LlamaForCausalLM) -> None:
+    expected = decode(AutoregressiveGenerator(model), make_request(make_prompts()))
+    assert decode(EarlyExitGenerator(model), make_request(make_prompts(), exit_layer=NUM_LAYERS)) == expected
+    assert decode(EarlyExitGenerator(model), make_request(make_prompts(), exit_layer=3)) != expected
+
+
+# The cache
+
+
+@pytest.mark.parametrize("num_speculations", [1, 8])
+def test_cache_bytes(num_speculations: int, model: LlamaForCausalLM, decodings: list[Decoding]) -> None:
+    """Drafting and verification share one cache: no more than autoregressive decoding's, up to a bucket."""
+    for max_steps in (15, 150):
+        decodings.clear()
+        request = make_request(make_prompts(), max_steps=max_steps, num_speculations=num_speculations)
+        for strategy in (AutoregressiveGenerator, SelfSpeculativeGenerator):
+            next(strategy(model).steps(request))
+        autoregressive, self_speculative = (decoding.state.cache.num_bytes for decoding in decodings)
+        config = model.config
+        bytes_per_position = 2 * 8 * NUM_LAYERS * config.num_key_value_heads * config.head_dim * len(LENGTHS)
+        assert self_speculative <= 1.02 * autoregressive + BUCKET * bytes_per_position
+        assert autoregressive < (60 + max_steps + 1 + BUCKET) * bytes_per_position
+
+
+def poison(decoding: Decoding) -> None:
+    """Overwrite what lies past the rows' lengths: tokens, and keys and values of all layers."""
+    state = decoding.state
+    columns_C = torch.arange(state.tokens_BC.shape[1])
+    state.tokens_BC[columns_C >= state.lengths_B[:, None]] = 13
+    columns_C = torch.arange(state.cache.capacity)
+    stale_BHC = (columns_C >= state.lengths_B[:, None] - 1)[:, None].expand(-1, 2, -1)
+    for buffer in (*state.cache.keys, *state.cache.values):
+        if buffer is not None:
+            buffer[stale_BHC] = 1e4
+
+
+@pytest.mark.parametrize("strategy", [AutoregressiveGenerator, EarlyExitGenerator, SelfSpeculativeGenerator])
+def test_stale_entries_are_invisible(
+    strategy: type[GenerationStrategy], model: LlamaForCausalLM, decodings: list[Decoding]
+) -> None:
+    """Rejected drafts and padding are never read: poisoned between steps, they change neither tokens nor drafts."""
+    request = make_request(make_prompts(), num_speculations=5)
+    expected = list(strategy(model).steps(request))
+    steps = []
+    for step in strategy(model).steps(request):
+        steps.append(step)
+        decoding = decodings[-1]
+        lengths = [len(request.prompts[row]) + len(decoding.generated[row]) for row in decoding.rows]
+        assert decoding.state.lengths_B.tolist() == lengths, "rows that have ended must not go on"
+        with torch.inference_mode():
+            poison(decoding)
+    assert steps == expected
+    rejected = [row.is_rejected for step in steps for row in step.rows]
+    assert any(rejected) == (strategy is SelfSpeculativeGenerator)
+
+
+# The stream of steps
+
+
+@pytest.mark.parametrize("strategy", [AutoregressiveGenerator, SelfSpeculativeGenerator])
+def test_a_consumer_may_stop_and_start_again(strategy: type[GenerationStrategy], model: LlamaForCausalLM) -> None:
+    request, other = make_request(make_prompts()), make_request(make_prompts()[::-1], max_steps=9)
+    expected, expected_other = list(strategy(model).steps(request)), list(strategy(model).steps(other))
+    one_strategy = strategy(model)
+    stream = one_strategy.steps(request)
+    assert [next(stream) for _ in range(3)] == expected[:3]
+    assert not torch.is_inference_mode_enabled()
+    second = one_strategy.steps(other)
+    assert [next(second) for _ in range(3)] == expected_other[:3]
+    second.close()
+    assert list(stream) == expected[3:]
+    assert list(one_strategy.steps(request)) == expected

@@ -1,0 +1,318 @@
+"""What a long run leaves on disk, whenever it is killed and however often it is begun; and what it was run on."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from self_speculation.measuring import surroundings as hardware
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.surroundings import (
+    last_level_cache_bytes,
+    live_tensor_bytes,
+    memory_bandwidth,
+    surroundings,
+)
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+ARGUMENTS = {"max_steps": 8, "stop_words": ["a", "b"], "data_path": None, "temperature": 0.6}
+NUM_LINES = 200
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> RunLog:
+    """A run in a folder that is not there yet."""
+    return RunLog(tmp_path / "a" / "b", "sweep")
+
+
+def contents(log: RunLog) -> dict[str, str]:
+    """Every file of the run's folder."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(log.folder.iterdir())}
+
+
+# Beginning
+
+
+def test_a_run_begins_with_its_arguments_and_no_lines(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    assert sorted(contents(log)) == ["sweep.json", "sweep.jsonl"]
+    assert json.loads(log.document.read_text()) == {"arguments": ARGUMENTS}
+    assert log.lines() == []
+
+
+def test_earlier_runs_are_set_aside_with_the_first_free_number(log: RunLog) -> None:
+    for number in range(3):
+        log.begin({"run": number}, resume=False)
+        log.append({"line_of": number})
+    found = {name: json.loads(text) for name, text in contents(log).items()}
+    assert found == {
+        "sweep.1.json": {"arguments": {"run": 0}},
+        "sweep.1.jsonl": {"line_of": 0},
+        "sweep.2.json": {"arguments": {"run": 1}},
+        "sweep.2.jsonl": {"line_of": 1},
+        "sweep.json": {"arguments": {"run": 2}},
+        "sweep.jsonl": {"line_of": 2},
+    }
+
+
+def test_tables_and_pictures_are_set_aside_too(log: RunLog) -> None:
+    log.folder.mkdir(parents=True)
+    kept = ["generate.jsonl", "sweeping.csv", "sweep_map.1.png"]
+    for name in (*kept, "sweep.csv", "sweep_map.png", "sweep.jsonl"):
+        (log.folder / name).write_text(name)
+    log.begin(ARGUMENTS, resume=False)
+    names = sorted(path.name for path in log.folder.iterdir())
+    assert names == sorted([*kept, "sweep.2.csv", "sweep_map.2.png", "sweep.2.jsonl", "sweep.json", "sweep.jsonl"])
+
+
+def test_half_of_an_earlier_run_takes_a_number_that_neither_file_has(log: RunLog) -> None:
+    log.folder.mkdir(parents=True)
+    for name in ("sweep.jsonl", "sweep.1.json", "sweep.2.jsonl", "other.json"):
+        (log.folder / name).write_text(f'"{name}"\n')
+    log.begin(ARGUMENTS, resume=False)
+    assert contents(log) == {
+        "other.json": '"other.json"\n',
+        "sweep.1.json": '"sweep.1.json"\n',
+        "sweep.2.jsonl": '"sweep.2.jsonl"\n',
+        "sweep.3.jsonl": '"sweep.jsonl"\n',
+        "sweep.json": log.document.read_text(),
+        "sweep.jsonl": "",
+    }
+
+
+# Resuming
+
+
+def test_resuming_keeps_what_is_there(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.append({"n": 1})
+    before = contents(log)
+    log.begin(ARGUMENTS, resume=True)
+    assert contents(log) == before
+    log.append({"n": 2})
+    assert log.lines() == [{"n": 1}, {"n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ('{"n": 1}\n{"n": 2}\n', '{"n": 1}\n{"n": 2}\n'),
+        ('{"n": 1}\n{"n": 2}', '{"n": 1}\n'),
+        ('{"n": 1}\n{"n', '{"n": 1}\n'),
+        ('{"n": 1}\n{"text": "漢', '{"n": 1}\n'),
+        ('{"n": 1}\n\n', '{"n": 1}\n\n'),
+        ('{"n', ""),
+        ("", ""),
+    ],
+)
+def test_resuming_drops_a_torn_last_line_and_no_other(log: RunLog, content: str, kept: str) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    torn = content.encode()
+    # A kill may cut inside a character.
+    log.log.write_bytes(torn[:-1] if content.endswith("漢") else torn)
+    log.begin(ARGUMENTS, resume=True)
+    assert log.log.read_bytes() == kept.encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_steps": 9}, "--max_steps 8, not 9"),
+        ({"stop_words": ["a"]}, r"--stop_words \['a', 'b'\], not \['a'\]"),
+        ({"data_path": "x"}, "--data_path None, not x"),
+        ({"new": 3}, "--new None, not 3"),
+    ],
+)
+def test_resuming_with_other_arguments_is_refused(log: RunLog, changes: dict[str, object], sentence: str) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.append({"n": 1})
+    with log.log.open("a") as file:
+        file.write('{"torn')
+    before = contents(log)
+    with pytest.raises(ValueError, match=sentence):
+        log.begin(ARGUMENTS | changes, resume=True)
+    assert contents(log) == before
+
+
+def test_resuming_without_an_argument_of_then_is_refused(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    fewer = {name: value for name, value in ARGUMENTS.items() if name != "temperature"}
+    with pytest.raises(ValueError, match=r"--temperature 0\.6, not None"):
+        log.begin(fewer, resume=True)
+
+
+def test_some_arguments_may_differ_when_resuming(log: RunLog) -> None:
+    """And a tuple is the list that JSON made of it."""
+    log.begin(ARGUMENTS | {"resume": False, "verbose": False, "output_dir": "a"}, resume=False)
+    log.begin(ARGUMENTS | {"stop_words": ("a", "b"), "resume": True, "verbose": True, "output_dir": "./a"}, resume=True)
+
+
+@pytest.mark.parametrize("missing", ["sweep.json", "sweep.jsonl", "both"])
+def test_resuming_nothing_is_refused(log: RunLog, missing: str) -> None:
+    if missing != "both":
+        log.begin(ARGUMENTS, resume=False)
+        (log.folder / missing).unlink()
+    with pytest.raises(ValueError, match=r"--resume: there is no earlier run in .*b\."):
+        log.begin(ARGUMENTS, resume=True)
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb\r\nc\rd", "one\u2028two\u2029three\x85four\x0b\x0cfive\x1c", "漢字 🙂\n", '"\\\0\t', ""]
+)
+def test_any_text_goes_through_a_line_and_the_document(log: RunLog, text: str) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.append({"text": text})
+    log.append({text: [text]})
+    log.write({"text": text})
+    assert log.lines() == [{"text": text}, {text: [text]}]
+    assert log.log.read_bytes().count(b"\n") == 2
+    assert json.loads(log.document.read_text(encoding="utf-8")) == {"text": text}
+
+
+WRITER = f"""
+import sys
+from pathlib import Path
+from self_speculation.measuring.run_log import RunLog
+
+log, writer = RunLog(Path(sys.argv[1]), "sweep"), sys.argv[2]
+for number in range({NUM_LINES}):
+    log.append({{"writer": writer, "number": number, "text": writer * (37 * number)}})
+"""
+
+
+def test_lines_of_two_processes_do_not_mix(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, log.folder, name], cwd=ROOT) for name in "12"]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    lines = log.lines()
+    assert len(lines) == 2 * NUM_LINES
+    for writer in "12":
+        own = [line for line in lines if line["writer"] == writer]
+        assert [line["number"] for line in own] == list(range(NUM_LINES))
+        assert all(line["text"] == writer * (37 * line["number"]) for line in own)
+
+
+# What cannot be written leaves what was there
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(float("nan"), ValueError), (float("inf"), ValueError), ({1, 2}, TypeError)]
+)
+def test_what_is_not_json_leaves_document_and_log_as_they_were(
+    log: RunLog, value: object, error: type[Exception]
+) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.append({"n": 1})
+    before = contents(log)
+    with pytest.raises(error):
+        log.write({"good": 1, "bad": value})
+    with pytest.raises(error):
+        log.append({"good": 1, "bad": value})
+    assert contents(log) == before
+
+
+def test_the_document_is_replaced_as_a_whole(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks while it is written, or after a kill in the middle, sees the old one."""
+    log.begin(ARGUMENTS, resume=False)
+    seen = []
+    write_text = Path.write_text
+
+    def kill(path: Path, text: str, **options: object) -> int:
+        write_text(path, text[: len(text) // 2], **options)
+        seen.append(json.loads(log.document.read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", kill)
+    with pytest.raises(KeyboardInterrupt):
+        log.write({"new": 1})
+    monkeypatch.undo()
+    assert seen == [{"arguments": ARGUMENTS}]
+    assert json.loads(log.document.read_text()) == {"arguments": ARGUMENTS}
+    log.write({"new": 2})
+    assert json.loads(log.document.read_text()) == {"new": 2}
+    assert sorted(contents(log)) == ["sweep.json", "sweep.jsonl"]
+
+
+# The machine
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"index0": "48K", "index2": "2048K", "index3": "32768K"}, 32768 * 1024),
+        ({"index0": "32K", "index3": "96M\n", "index1": "512K"}, 96 * 1024 * 1024),
+        ({}, None),
+    ],
+)
+def test_the_last_level_cache_is_the_greatest(sizes: dict[str, str], expected: int | None, tmp_path: Path) -> None:
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(size)
+        (tmp_path / name / "level").write_text("9\n")
+    assert last_level_cache_bytes(CPU, tmp_path) == expected
+    assert last_level_cache_bytes(CPU, tmp_path / "nowhere") is None
+
+
+def test_memory_bandwidth_is_the_best_pass_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "BANDWIDTH_BYTES", 2**16)
+    assert memory_bandwidth(CPU) > 0
+    times = iter([0, 4, 10, 12, 20, 28, 30, 33, 40, 49])
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert memory_bandwidth(CPU) == 2**16 / 2
+
+
+def test_live_tensors_are_counted_once() -> None:
+    gc.collect()
+    before = live_tensor_bytes()
+    tensor = torch.zeros(1000, dtype=torch.float64)
+    views = [tensor[10:], tensor.view(10, 100), torch.nn.Parameter(tensor)]
+    assert live_tensor_bytes() - before == 8000
+    del tensor, views
+    assert live_tensor_bytes() == before
+
+
+def test_surroundings_are_json_and_say_on_what_and_with_what() -> None:
+    found = surroundings(CPU)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    keys = {"date", "device", "cores", "threads", "system", "python", "versions", "commit"}
+    assert found.keys() == keys
+    assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert found["threads"] == torch.get_num_threads()
+    assert all(found[key] for key in keys - {"commit"})
+
+
+def test_the_commit_is_the_repository_s_and_none_outside_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "hardware.py"))
+    assert surroundings(CPU)["commit"] is None
+
+    def git(*words: str) -> str:
+        settings = ["-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", *settings, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init")
+    (tmp_path / "hardware.py").write_text("1")
+    git("add", ".")
+    git("commit", "--message", "One")
+    commit = git("rev-parse", "--short=12", "HEAD").strip()
+    assert surroundings(CPU)["commit"] == commit
+    (tmp_path / "hardware.py").write_text("2")
+    assert surroundings(CPU)["commit"] == f"{commit}-dirty"
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert surroundings(CPU)["commit"] is None

@@ -1,0 +1,291 @@
+"""Early-exit loss: its weights and curricula against tables, its value and gradients against a naive sum."""
+
+import weakref
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from self_speculation.training.early_exit_loss import (
+    EarlyExitLoss,
+    ExitSchedule,
+    ExitTarget,
+    gradual_curriculum,
+    paper_weight,
+    rotational_curriculum,
+    uniform_weight,
+)
+
+MakeModel = Callable[..., LlamaForCausalLM]
+VOCABULARY = 300
+ALL_SIX = (1, 2, 3, 4, 5, 6)
+
+
+def schedule(**overrides: object) -> ExitSchedule:
+    defaults = {
+        "num_layers": 6,
+        "num_steps": 24,
+        "exit_layers": ALL_SIX,
+        "curriculum": "rotational",
+        "rotation_interval": 3,
+        "e_scale": 0.2,
+    }
+    return ExitSchedule(**defaults | overrides)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    ids_BT = torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
+    labels_BT = ids_BT.clone()
+    labels_BT[0, :4] = -100
+    labels_BT[2, 5:] = -100
+    return {"input_ids": ids_BT, "labels": labels_BT}
+
+
+def naive_loss(
+    model: LlamaForCausalLM, batch: dict[str, Tensor], weights: dict[int, float], target: ExitTarget
+) -> Tensor:
+    """Σ_l ẽ(l) · CE(g(x_{l+1}), Y) over the labelled tokens, in float64, with every exit's logits at once."""
+    hidden_states = model.model(batch["input_ids"], output_hidden_states=True).hidden_states
+    last = max(ALL_SIX)
+    logits = {e: model.lm_head(hidden_states[e] if e == last else model.model.norm(hidden_states[e])) for e in weights}
+    teacher = model.lm_head(hidden_states[last]).detach().softmax(-1)
+    total = 0.0
+    for row, column in product(range(3), range(7)):
+        label = batch["labels"][row, column + 1]
+        if label == -100:
+            continue
+        for exit_layer, weight in weights.items():
+            log_q = logits[exit_layer][row, column].log_softmax(-1)
+            wants_label = target == "labels" or exit_layer == last
+            total = total - weight * (log_q[label] if wants_label else (teacher[row, column] * log_q).sum())
+    return total
+
+
+def gradients(model: LlamaForCausalLM, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def attached(
+    model: LlamaForCausalLM, exits: ExitSchedule, target: ExitTarget = "labels", step: int = 0
+) -> EarlyExitLoss:
+    loss = EarlyExitLoss(model, exits, target)
+    loss.step = step
+    loss.attach()
+    return loss
+
+
+def test_paper_weight_table() -> None:
+    assert [paper_weight(layer, 6, 0.2) for layer in range(6)] == pytest.approx([0.0, 0.2, 0.6, 1.2, 2.0, 7.0])
+    assert [paper_weight(layer, 4, 1.0) for layer in range(4)] == pytest.approx([0.0, 1.0, 3.0, 6.0])
+    assert [paper_weight(layer, 4, 0.0) for layer in range(4)] == [0.0, 0.0, 0.0, 3.0]
+
+
+def test_uniform_weight_table() -> None:
+    assert [uniform_weight(layer, 4, 0.2) for layer in range(4)] == [0.2, 0.2, 0.2, 1.0]
+
+
+def test_rotational_curriculum_table() -> None:
+    table = ["".join("x" if rotational_curriculum(i, step, 3) else "." for i in range(7)) for step in range(5)]
+    assert table == ["x..x..x", ".x..x..", "..x..x.", "x..x..x", ".x..x.."]
+    assert all(rotational_curriculum(i, step, 1) for i in range(6) for step in range(6))
+
+
+def test_gradual_curriculum_table() -> None:
+    # L = 6, T = 24: one more exit every T/(2L) = 2 steps, all of them from T/2 = 12 on.
+    counts = [sum(gradual_curriculum(i, step, 6, 24) for i in range(6)) for step in range(24)]
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]
+    assert [gradual_curriculum(i, 4, 6, 24) for i in range(6)] == [False, False, False, True, True, True]
+    # T not a multiple of 2L, and fewer steps than exits.
+    assert [sum(gradual_curriculum(i, step, 4, 10) for i in range(4)) for step in range(6)] == [1, 1, 2, 3, 4, 4]
+    assert [sum(gradual_curriculum(i, step, 6, 3) for i in range(6)) for step in range(3)] == [1, 5, 6]
+
+
+def test_rotational_schedule_table() -> None:
+    table = [schedule().at(step) for step in range(4)]
+    assert table[0] == pytest.approx({4: 1.2 / 8.2, 6: 7 / 8.2})
+    assert table[1] == pytest.approx({2: 0.2 / 9.2, 5: 2 / 9.2, 6: 7 / 9.2})
+    assert table[2] == pytest.approx({3: 0.6 / 7.6, 6: 7 / 7.6})
+    assert table[3] == table[0]
+
+
+def test_strict_rotation_rotates_the_last_layer_too() -> None:
+    table = [schedule(strict_rotation=True).at(step) for step in range(3)]
+    assert table[0] == pytest.approx({4: 1.0})
+    assert table[1] == pytest.approx({2: 0.2 / 2.2, 5: 2 / 2.2})
+    assert table[2] == pytest.approx({3: 0.6 / 7.6, 6: 7 / 7.6})
+
+
+def test_rotation_goes_over_the_chosen_exits() -> None:
+    chosen = schedule(exit_layers=(2, 3, 6), rotation_interval=2, weights="uniform")
+    assert chosen.at(0) == pytest.approx({2: 0.2 / 1.2, 6: 1 / 1.2})
+    assert chosen.at(1) == pytest.approx({3: 0.2 / 1.2, 6: 1 / 1.2})
+
+
+def test_gradual_and_constant_schedule_tables() -> None:
+    gradual = schedule(curriculum="gradual")
+    assert gradual.at(1) == {6: 1.0}
+    assert gradual.at(2) == pytest.approx({5: 2 / 9, 6: 7 / 9})
+    whole = {2: 0.2 / 11, 3: 0.6 / 11, 4: 1.2 / 11, 5: 2 / 11, 6: 7 / 11}
+    assert gradual.at(12) == gradual.at(23) == pytest.approx(whole)
+    assert schedule(curriculum="none").at(0) == pytest.approx(whole)
+    assert schedule(curriculum="none", weights="uniform").at(0) == pytest.approx(
+        dict.fromkeys(ALL_SIX[:5], 0.1) | {6: 0.5}
+    )
+
+
+@pytest.mark.parametrize("curriculum", ["rotational", "gradual", "none"])
+def test_weights_sum_to_one_and_the_last_layer_is_on(curriculum: str) -> None:
+    choices = product((False, True), ("paper", "uniform"), (0.0, 0.2, 1.0), (1, 3, 6), (ALL_SIX, (1, 6), (6,)))
+    for strict, weights, e_scale, interval, exits in choices:
+        case = schedule(
+            curriculum=curriculum,
+            strict_rotation=strict,
+            weights=weights,
+            e_scale=e_scale,
+            rotation_interval=interval,
+            exit_layers=exits,
+        )
+        for step in range(24):
+            at = case.at(step)
+            assert sum(at.values()) == pytest.approx(1.0, abs=1e-12)
+            assert all(weight > 0 for weight in at.values())
+            assert set(at) <= set(exits)
+            if not strict or curriculum != "rotational":
+                assert 6 in at
+
+
+def test_step_without_weight_trains_the_last_layer() -> None:
+    # A strict rotation in which the first layer, with e(0) = 0, has a step for itself; and a model of one layer.
+    alone = schedule(strict_rotation=True, rotation_interval=6)
+    assert [list(alone.at(step)) for step in range(7)] == [[6], [2], [3], [4], [5], [6], [6]]
+    assert schedule(num_layers=1, exit_layers=(1,)).at(0) == {1: 1.0}
+
+
+@pytest.mark.parametrize("target", ["labels", "last_layer"])
+@pytest.mark.parametrize(("num_items", "chunk_tokens"), [(None, 512), (40, 5), (40, 24), (None, 1)])
+def test_loss_and_gradients_equal_the_naive_sum(
+    make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget, num_items: int | None, chunk_tokens: int
+) -> None:
+    model = make_model().train()
+    num_labelled = 4 + 7 + 4
+    for step, weights in enumerate(
+        [{4: 1.2 / 8.2, 6: 7 / 8.2}, {2: 0.2 / 9.2, 5: 2 / 9.2, 6: 7 / 9.2}, {3: 0.6 / 7.6, 6: 7 / 7.6}]
+    ):
+        expected = naive_loss(model, batch, weights, target) / (num_items or num_labelled)
+        expected_gradients = gradients(model, expected)
+        loss = attached(model, schedule(), target, step)
+        loss.chunk_tokens = chunk_tokens
+        actual = model(**batch, num_items_in_batch=num_items).loss
+        actual_gradients = gradients(model, actual)
+        loss.remove()
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+        assert actual_gradients.keys() == expected_gradients.keys()
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_num_items_in_batch_may_be_a_tensor(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    model = make_model().train()
+    attached(model, schedule())
+    by_int, by_tensor = (model(**batch, num_items_in_batch=n).loss for n in (30, torch.tensor(30)))
+    assert torch.equal(by_int, by_tensor)
+    assert by_int.item() == pytest.approx(model(**batch).loss.item() / 2, rel=1e-6)
+
+
+def test_teacher_gets_no_gradient_from_its_students(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    model = make_model().train()
+    # Only exit 4 is trained at step 0 of a strict rotation: layers 5 and 6 merely teach.
+    attached(model, schedule(strict_rotation=True), "last_layer")
+    grads = gradients(model, model(**batch).loss)
+    assert not any(f"model.layers.{layer}." in name for name in grads for layer in (4, 5))
+    assert all(grads[f"model.layers.{layer}.mlp.down_proj.weight"].abs().sum() > 0 for layer in range(4))
+
+
+def test_in_eval_mode_or_without_labels_the_model_is_the_plain_one(
+    make_model: MakeModel, batch: dict[str, Tensor]
+) -> None:
+    model = make_model()
+    plain = model(**batch)
+    attached(model, schedule())
+    evaluated = model(**batch)
+    assert torch.equal(evaluated.loss, plain.loss)
+    assert torch.equal(evaluated.logits, plain.logits)
+    model.train()
+    assert torch.equal(model(batch["input_ids"]).logits, plain.logits)
+    assert model(**batch).loss.item() != pytest.approx(plain.loss.item(), rel=1e-3)
+
+
+def test_with_the_last_layer_alone_the_loss_is_the_plain_models(
+    make_model: MakeModel, batch: dict[str, Tensor]
+) -> None:
+    model = make_model().train()
+    plain = model(**batch, num_items_in_batch=20).loss
+    attached(model, schedule(e_scale=0.0))
+    assert model(**batch, num_items_in_batch=20).loss.item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", ["labels", "last_layer"])
+def test_logits_of_one_exit_at_a_time(make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget) -> None:
+    model = make_model().train()
+    kept: list[torch.Size] = []
+    logits: list[weakref.ref[Tensor]] = []
+    most_alive = [0]
+
+    def watch(_module: object, _args: object, output: Tensor) -> None:
+        logits.append(weakref.ref(output))
+        most_alive[0] = max(most_alive[0], sum(reference() is not None for reference in logits))
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+        naive = naive_loss(model, batch, dict.fromkeys(ALL_SIX, 1.0), target)
+        assert any(shape[-1:] == (VOCABULARY,) for shape in kept)  # The watch sees logits that are kept.
+        del naive
+        kept.clear()
+        model.lm_head.register_forward_hook(watch)
+        attached(model, schedule(curriculum="none", weights="uniform"), target).chunk_tokens = 12
+        loss = model(**batch).loss
+    assert not any(shape[-1:] == (VOCABULARY,) for shape in kept)
+    in_forward = 2 * (6 if target == "labels" else 6 + 5)  # 24 positions are two chunks.
+    assert len(logits) == in_forward
+    loss.backward()
+    assert len(logits) == 2 * in_forward
+    assert most_alive[0] == (1 if target == "labels" else 2)  # The student's and the teacher's.
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    make_model: MakeModel, batch: dict[str, Tensor], use_reentrant: bool, attach_first: bool
+) -> None:
+    plain = make_model().train()
+    attached(plain, schedule(), step=1)
+    expected = gradients(plain, plain(**batch).loss)
+    model = make_model().train()
+    calls: list[int] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    if attach_first:
+        attached(model, schedule(), step=1)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if not attach_first:
+        attached(model, schedule(), step=1)
+    actual = gradients(model, model(**batch).loss)
+    assert len(calls) == 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient)
+
+
+def test_attach_leaves_the_state_dict_and_remove_restores(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    model = make_model().train()
+    before, keys, plain = dict(model.__dict__), list(model.state_dict()), model(**batch).loss
+    loss = attached(model, schedule())
+    assert list(model.state_dict()) == keys
+    assert not torch.equal(model(**batch).loss, plain)
+    loss.remove()
+    assert model.__dict__.keys() == before.keys()
+    assert torch.equal(model(**batch).loss, plain)
