@@ -13,7 +13,7 @@ import json
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from self_speculation.commands.flags import OutputArguments, one_sentence_errors
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
+from self_speculation.settings import by_flag
 from self_speculation.training.exit_measures import evaluate_exits
 from self_speculation.training.packing import PackedTexts, Packing, train_tokenizer
 from self_speculation.training.trainer import LayerSkipArguments
@@ -322,7 +323,7 @@ def main() -> None:
         AblationArguments, SmallModelArguments, LayerSkipArguments, OutputArguments, description=__doc__
     )
     log = RunLog(Path(output.output_dir), "ablation")
-    settings = {name: value for group in groups for name, value in asdict(group).items() if name != "seeds"}
+    settings = {name: value for name, value in by_flag(*groups).items() if name != "seeds"}
     train_texts, held_out_texts = read_source(arguments)
     begin(log, settings, arguments.resume)
     tokenizer = kept_tokenizer(log.folder / "tokenizer", lambda: train_tokenizer(train_texts, sizes.vocab_size))

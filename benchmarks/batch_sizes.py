@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from self_speculation.measuring.figures import Contestant, Round, interleaved, r
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.settings import by_flag, setting
 
 STRATEGIES = ("autoregressive", "self_speculative")
 # The batch whose throughput over batch 1's is told at the end, if it was measured.
@@ -88,7 +89,7 @@ class BatchSizesArguments:
 class BatchSizesConfig(GenerationConfig):
     """Greedy decoding, by both strategies."""
 
-    max_steps: int = field(default=64, metadata={"help": "Most new tokens."})
+    max_new_tokens: int = setting(64, help="Most new tokens.", at_least=2, flag="max_steps")
     sample: bool = field(default=False, metadata={"help": "Must be False: ties are judged by the greatest logits."})
     generation_strategy: str = field(
         default="self_speculative", metadata={"help": "Accepted, and always autoregressive and self_speculative."}
@@ -98,8 +99,6 @@ class BatchSizesConfig(GenerationConfig):
         super().__post_init__()
         if self.sample:
             raise ValueError("--sample must be False: whether sampled texts differ by a tie cannot be judged.")
-        if self.max_steps < 2:
-            raise ValueError(f"--max_steps must be at least 2, not {self.max_steps}: the first token is the prefill's.")
 
 
 @one_sentence_errors()
@@ -108,13 +107,13 @@ def main() -> None:
         BatchSizesArguments, ModelArguments, DatasetArguments, BatchSizesConfig, OutputArguments, description=__doc__
     )
     transformers.utils.logging.set_verbosity_error()
-    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     contestants = make_contestants(
         model, tokenizer, config, recommendation(model_arguments.model, len(model.model.layers))
     )
-    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     encode = contestants["autoregressive"].generator.encode
     prompts = whole_batches([encode(example.prompt) for example in examples], arguments.batch_sizes)

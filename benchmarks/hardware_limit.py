@@ -197,7 +197,7 @@ class ShapeStudy:
         goal = self.goal.for_model(self.model)
         own = {name: getattr(goal, name) for name in STRATEGIES[strategy].uses}
         return GenerationConfig(
-            max_steps=self.arguments.max_steps,
+            max_new_tokens=self.arguments.max_steps,
             generation_strategy=strategy,
             sample=False,
             seed=goal.seed,

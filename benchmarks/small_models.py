@@ -191,7 +191,7 @@ class Cell:
 
 def greedy(max_steps: int, cells: Sequence[Cell]) -> dict[str, GenerationConfig]:
     """Autoregressive and self-speculative decoding at each cell, by the names that tables give them."""
-    config = GenerationConfig(sample=False, max_steps=max_steps)
+    config = GenerationConfig(sample=False, max_new_tokens=max_steps)
     return {AUTOREGRESSIVE: config} | {
         cell.name: config.generation(
             generation_strategy="self_speculative",
@@ -232,7 +232,7 @@ def acceptance_rate(generator: HuggingfaceLlamaGenerator, prompts: list[list[int
     """Accepted over drafted tokens in the answers to all prompts, decoded in batches: nothing is timed."""
     batches = [prompts[first : first + BATCH_SIZE] for first in range(0, len(prompts), BATCH_SIZE)]
     results = [result for batch in tqdm(batches, leave=False) for result in generator.generate(batch, config)]
-    return sum(result.accepted for result in results) / sum(result.drafted for result in results)
+    return sum(result.num_accepted for result in results) / sum(result.num_drafted for result in results)
 
 
 def fastest(rounds: dict[str, list[Round]]) -> str:

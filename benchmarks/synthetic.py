@@ -34,7 +34,7 @@ from self_speculation.generator_base import (
     check_exit_layer,
 )
 from self_speculation.loading import DTYPES, RECOMMENDATION_FILE, choose_device
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.training.packing import train_tokenizer
 
 CONTEXT = 4096
@@ -139,7 +139,7 @@ class Goal:
     def generation_config(self) -> GenerationConfig:
         """Greedy self-speculative decoding at (E, d)."""
         return GenerationConfig(
-            max_steps=self.trial_tokens,
+            max_new_tokens=self.trial_tokens,
             exit_layer=self.exit_layer,
             num_speculations=self.num_speculations,
             draft_vocab=self.draft_vocab,
@@ -198,7 +198,7 @@ class Trial:
         num_tokens = sum(len(result.tokens) for result in results)
         return cls(
             factor=factor,
-            acceptance=sum(result.accepted for result in results) / sum(result.drafted for result in results),
+            acceptance=sum(result.num_accepted for result in results) / sum(result.num_drafted for result in results),
             tokens_per_step=num_tokens / sum(len(result.steps) for result in results),
             num_tokens=num_tokens,
             distinct_share=fmean(len(set(result.tokens)) / len(result.tokens) for result in results),
@@ -278,7 +278,7 @@ def trials(model: LlamaForCausalLM, goal: Goal) -> Iterator[Trial]:
 
     The answers change with every factor, so acceptance is a smooth function of it plus the noise of a sample.
     """
-    generator = HuggingfaceLlamaGenerator(byte_tokenizer(), SelfSpeculativeGenerator(model))
+    generator = HuggingfaceLlamaGenerator(byte_tokenizer(), SelfSpeculativeStrategy(model))
     prompts = random_prompts(model.config.vocab_size, goal.trial_prompts, PROMPT_TOKENS, goal.seed)
     least, most = 0.0, 1.0
     factor = 0.0 if goal.acceptance == 1 else FIRST_FACTOR

@@ -42,6 +42,7 @@ from self_speculation.measuring.figures import Measurement, Round, interleaved
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.sources import DatasetArguments, Example, read_examples, read_json_lines, text_field
+from self_speculation.settings import by_flag
 from self_speculation.training.early_exit_loss import IGNORED_LABEL
 from self_speculation.training.packing import train_tokenizer
 from self_speculation.training.trainer import LayerSkipArguments
@@ -188,7 +189,7 @@ def main() -> None:
         TopV2Arguments, SmallModelArguments, LayerSkipArguments, OutputArguments, description=__doc__
     )
     log = RunLog(Path(output.output_dir), "topv2")
-    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    settings = by_flag(*groups)
     examples, known = arguments.examples("test", arguments.num_samples), arguments.known_utterances()
     begin(log, settings, arguments.resume)
     model, tokenizer = load(arguments, sizes, layerskip, log.folder)

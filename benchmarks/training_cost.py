@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from self_speculation.commands.flags import one_sentence_errors, parse
-from self_speculation.measuring.surroundings import surroundings, synchronize
+from self_speculation.generator_base import synchronize
+from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tensor_memory import TensorMemory
 from self_speculation.training.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout

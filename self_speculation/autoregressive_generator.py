@@ -17,7 +17,7 @@ from self_speculation.decoding.verification import Draft
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, check_exit_layer
 
 
-class AutoregressiveGenerator(DecodingStrategy):
+class AutoregressiveStrategy(DecodingStrategy):
     """One token a step from all layers, whatever `config.exit_layer` says."""
 
     def num_layers(self, config: GenerationConfig) -> int:
@@ -44,7 +44,7 @@ class AutoregressiveGenerator(DecodingStrategy):
         return self.compiled_step(request, 0, autoregressive_step, self.num_layers(request.config))
 
 
-class EarlyExitGenerator(AutoregressiveGenerator):
+class EarlyExitStrategy(AutoregressiveStrategy):
     """One token a step from the first `config.exit_layer` layers: cheaper, and not the full model's output."""
 
     uses = ("exit_layer",)

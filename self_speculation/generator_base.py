@@ -6,144 +6,28 @@ A strategy writes one method, `steps`. Collecting, timing and streaming are clie
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
-from transformers import (
-    LlamaForCausalLM,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from self_speculation.decoding.config import GenerationConfig
+from self_speculation.decoding.request import GenerationRequest, GenerationStep, RowStep
 from self_speculation.decoding.stopping import StopReason, StopRule
-from self_speculation.measuring.surroundings import synchronize
 
-LEAST_VALUES = {
-    "max_steps": 0,
-    "exit_layer": 1,
-    "num_speculations": 0,
-    "top_k": 0,
-    "prefill_chunk": 1,
-    "draft_vocab": 1,
-    "seed": 0,
-}
-
-
-@dataclass
-class GenerationConfig:
-    """What a user asks of generation."""
-
-    max_steps: int = field(default=512, metadata={"help": "Most new tokens."})
-    exit_layer: int | None = field(
-        default=None, metadata={"help": "E: layers that draft (1 to L). Default: the checkpoint's recommendation."}
-    )
-    num_speculations: int | None = field(
-        default=None, metadata={"help": "d: tokens drafted a step. Default: the checkpoint's recommendation."}
-    )
-    generation_strategy: str = field(
-        default="autoregressive",
-        metadata={
-            "help": "autoregressive, early_exit or self_speculative; or transformers' own hf_generate, hf_static (its "
-            "cache, compiled) or hf_early_exit."
-        },
-    )
-    sample: bool = field(default=True, metadata={"help": "Sample; False takes the most probable token."})
-    temperature: float = field(default=0.6, metadata={"help": "Divides the logits when sampling."})
-    top_k: int = field(default=0, metadata={"help": "Sample from the k most probable tokens; 0: from all."})
-    top_p: float = field(default=0.9, metadata={"help": "Sample from the smallest set of at least this probability."})
-    no_repeat_ngram_size: int | None = field(default=None, metadata={"help": "No n-gram of this size occurs twice."})
-    stop_words: list[str] | None = field(default=None, metadata={"help": "Strings that end the answer."})
-    stop_token_ids: list[int] | None = field(default=None, metadata={"help": "Token ids that end the answer."})
-    prefill_chunk: int | None = field(
-        default=None, metadata={"help": "Most prompt tokens read in one pass, to bound memory; all by default."}
-    )
-    compile: Literal["none", "default", "max"] = field(
-        default="none",
-        metadata={
-            "help": "Compile the decoding step: a minute at first, seconds from the cache on disk. max also tunes "
-            "products and, on CPUs, prepacks weights: that takes longer, and memory for packed copies."
-        },
-    )
-    draft_vocab: int | None = field(
-        default=None,
-        metadata={
-            "help": "Draft with the N most frequent tokens only; verification knows all, so the output is the same."
-        },
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of every random draw."})
-
-    def __post_init__(self) -> None:
-        for name, least in LEAST_VALUES.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, not {value}.")
-        if self.sample and self.temperature <= 0:
-            raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
-        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
-            raise ValueError(f"--no_repeat_ngram_size must be at least 1, not {self.no_repeat_ngram_size}.")
-        if "" in (self.stop_words or []):
-            raise ValueError("--stop_words must not be empty strings.")
-
-    def generation(self, **changes: Any) -> "GenerationConfig":
-        """A script's own config as generation knows it, with changes."""
-        values = {item.name: getattr(self, item.name) for item in fields(GenerationConfig)}
-        return GenerationConfig(**values | changes)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A batch of prompts, as token ids, and how to go on from them."""
-
-    prompts: list[list[int]]
-    config: GenerationConfig
-    stop_rule: StopRule
-    logits_processors: LogitsProcessorList
-
-    def all_processors(self) -> LogitsProcessorList:
-        """The config's logits processors, then the caller's."""
-        ngram_size = self.config.no_repeat_ngram_size
-        own = [NoRepeatNGramLogitsProcessor(ngram_size)] if ngram_size else []
-        return LogitsProcessorList([*own, *self.logits_processors])
-
-    def limit_reason(self, row: int, context: int) -> StopReason:
-        """Why a row that meets no stop ends: it has `max_steps` new tokens, or fills the model's context."""
-        asked_for = len(self.prompts[row]) + self.config.max_steps
-        return StopReason.LENGTH if asked_for > context else StopReason.MAX_STEPS
-
-
-@dataclass(frozen=True)
-class RowStep:
-    """One row's part of a step: what was drafted, how much of it was accepted, and the tokens it committed.
-
-    All three end at the row's stop. `tokens` are the accepted ones and, unless the stop was in front of it, one of
-    the full model's: *recovered* if a draft was rejected, *bonus* if none was.
-    """
-
-    drafted: list[int] = field(default_factory=list)
-    accepted: int = 0
-    tokens: list[int] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-
-    @property
-    def is_rejected(self) -> bool:
-        """Whether the last token is a recovered one."""
-        return self.accepted < min(len(self.drafted), len(self.tokens))
-
-
-@dataclass(frozen=True)
-class GenerationStep:
-    """One draft and its verification, for every row; rows that have ended are empty. Prefill is a step of no tokens.
-
-    `seconds` is how long it took, from a strategy that knows better than who waits for the step.
-    """
-
-    rows: list[RowStep]
-    seconds: float | None = None
+__all__ = [
+    "GenerationConfig",
+    "GenerationRequest",
+    "GenerationResult",
+    "GenerationStep",
+    "GenerationStrategy",
+    "HuggingfaceLlamaGenerator",
+    "RowStep",
+    "StepStreamer",
+    "TokenStreamer",
+]
 
 
 @dataclass
@@ -163,12 +47,12 @@ class GenerationResult:
     steps: list[RowStep] = field(default_factory=list)
 
     @property
-    def drafted(self) -> int:
+    def num_drafted(self) -> int:
         """Tokens drafted."""
         return sum(len(step.drafted) for step in self.steps)
 
     @property
-    def accepted(self) -> int:
+    def num_accepted(self) -> int:
         """Drafted tokens accepted."""
         return sum(step.accepted for step in self.steps)
 
@@ -180,7 +64,7 @@ class GenerationResult:
     @property
     def acceptance_rate(self) -> float | None:
         """Accepted over drafted; None without drafts."""
-        return self.accepted / self.drafted if self.drafted else None
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
 
     @property
     def tokens_per_step(self) -> float:
@@ -203,6 +87,12 @@ class GenerationResult:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+def synchronize() -> None:
+    """Wait until the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class StepStreamer(Protocol):
     """Shows an answer while it is written; a client of the steps."""
 
@@ -219,16 +109,26 @@ class StepStreamer(Protocol):
 class GenerationStrategy(ABC):
     """A way of choosing the next tokens: writes `steps`, and nothing else.
 
-    `uses` names the settings of `GenerationConfig` that it cannot do without.
+    It declares what it takes, so that no client needs to know which one it has. `uses` names the settings of
+    `GenerationConfig` that it cannot do without. `takes_batches` and `takes_batched_processors`: whether it answers
+    several prompts at once, and whether logits processors may look at them. `warms_up_whole`: whether only an answer
+    of full length, first, leaves nothing to be compiled later.
     """
 
-    uses: tuple[str, ...] = ()
+    uses: ClassVar[tuple[str, ...]] = ()
+    takes_batches: ClassVar[bool] = True
+    takes_batched_processors: ClassVar[bool] = True
+    warms_up_whole: ClassVar[bool] = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
 
     def prepare(self, request: GenerationRequest) -> None:  # noqa: B027 (most strategies have nothing to do)
         """What is to be done once before requests like this one, outside every measurement: nothing, or compiling."""
+
+    def num_layers(self, config: GenerationConfig) -> int:
+        """How many layers choose the tokens: all, unless the strategy exits early without verification."""
+        return self.model.config.num_hidden_layers
 
     @abstractmethod
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:

@@ -18,15 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
 from self_speculation.measuring.rivals import (
-    HuggingfaceEarlyExitGenerator,
-    HuggingfaceGenerator,
-    HuggingfaceStaticGenerator,
+    HuggingfaceEarlyExitStrategy,
+    HuggingfaceStaticStrategy,
+    HuggingfaceStrategy,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"
 RECOMMENDATION_FILE = "layerskip.json"
@@ -37,12 +37,12 @@ PAPER_RECOMMENDATIONS = {
 }
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 STRATEGIES: dict[str, type[GenerationStrategy]] = {
-    "autoregressive": AutoregressiveGenerator,
-    "early_exit": EarlyExitGenerator,
-    "self_speculative": SelfSpeculativeGenerator,
-    "hf_generate": HuggingfaceGenerator,
-    "hf_early_exit": HuggingfaceEarlyExitGenerator,
-    "hf_static": HuggingfaceStaticGenerator,
+    "autoregressive": AutoregressiveStrategy,
+    "early_exit": EarlyExitStrategy,
+    "self_speculative": SelfSpeculativeStrategy,
+    "hf_generate": HuggingfaceStrategy,
+    "hf_early_exit": HuggingfaceEarlyExitStrategy,
+    "hf_static": HuggingfaceStaticStrategy,
 }
 
 
@@ -147,7 +147,7 @@ def _strategy(config: GenerationConfig) -> type[GenerationStrategy]:
     if name not in STRATEGIES:
         raise ValueError(f"--generation_strategy must be one of {', '.join(STRATEGIES)}, not {name!r}.")
     if name == "autoregressive" and config.exit_layer is not None:
-        return EarlyExitGenerator
+        return EarlyExitStrategy
     return STRATEGIES[name]
 
 

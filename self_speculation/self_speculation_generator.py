@@ -21,7 +21,7 @@ from self_speculation.generator_base import GenerationConfig, GenerationRequest,
 Drafted = tuple[Tensor, Tensor | None]
 
 
-class SelfSpeculativeGenerator(DecodingStrategy):
+class SelfSpeculativeStrategy(DecodingStrategy):
     """Drafts with the layers below `config.exit_layer`, verifies with the rest; the output is the full model's."""
 
     uses = ("exit_layer", "num_speculations")

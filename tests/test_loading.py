@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import (
     ModelArguments,
@@ -19,8 +19,8 @@ from self_speculation.loading import (
     recommendation,
 )
 from self_speculation.measuring.equivalence import Cell, Difference, compare, first_difference, logit_margin
-from self_speculation.measuring.rivals import HuggingfaceStaticGenerator
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,11 +79,11 @@ def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
 
 def test_names_become_strategies(model: LlamaForCausalLM) -> None:
     for strategy, exit_layer, kind in (
-        ("autoregressive", None, AutoregressiveGenerator),
-        ("autoregressive", 2, EarlyExitGenerator),
-        ("early_exit", 2, EarlyExitGenerator),
-        ("self_speculative", 2, SelfSpeculativeGenerator),
-        ("hf_static", None, HuggingfaceStaticGenerator),
+        ("autoregressive", None, AutoregressiveStrategy),
+        ("autoregressive", 2, EarlyExitStrategy),
+        ("early_exit", 2, EarlyExitStrategy),
+        ("self_speculative", 2, SelfSpeculativeStrategy),
+        ("hf_static", None, HuggingfaceStaticStrategy),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
         assert type(make_strategy(model, config)) is kind

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 
 from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, RowStep
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.speculative_streamer import (
     PlainTextStreamer,
     Producer,
@@ -405,8 +405,8 @@ def generate(
 ) -> Callable[..., GenerationResult]:
     """A function that answers with the tiny model, without end token, and shows the answer with a streamer."""
     model = make_model(eos_token_id=None)
-    generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeGenerator(model))
-    config = GenerationConfig(max_steps=60, exit_layer=5, num_speculations=4, sample=False)
+    generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
+    config = GenerationConfig(max_new_tokens=60, exit_layer=5, num_speculations=4, sample=False)
     return lambda streamer: generator.generate(["def add(a, b):\n"], config, streamer)[0]
 
 

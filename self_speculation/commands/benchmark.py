@@ -46,6 +46,7 @@ from self_speculation.measuring.prediction import measure_passes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import last_level_cache_bytes, memory_bandwidth, surroundings
 from self_speculation.prompts.sources import DatasetArguments, Example, fit, prompt_limit, read_examples
+from self_speculation.settings import by_flag
 
 # More than the defaults: the share of the ideal speed-up is no better than the passes' times.
 PASS_ROUNDS = 9
@@ -274,11 +275,11 @@ def main() -> None:
         raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
     if arguments.batch_size > 1:
         config.check_batches()
-    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     contestants = make_contestants(model, tokenizer, config, model_arguments.model)
-    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples, num_shortened = fit(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     benchmark = Benchmark(contestants, examples, RunLog(Path(output.output_dir), "benchmark"), arguments.batch_size)
     note = partial(Console(stderr=True, quiet=not is_main).print, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, load, recommendation
 from self_speculation.measuring.equivalence import Cell, Difference, EquivalenceCheck
 from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.settings import by_flag
 
 
 @dataclass
@@ -79,7 +80,7 @@ def main() -> None:
         for num_speculations in config.draft_lengths or [advice.num_speculations]
     ]
     check = EquivalenceCheck(model, tokenizer, config.generation(), cells)
-    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, check.baseline.count_tokens, limit)
     batches = range(0, len(examples), config.batch_size)
     with tqdm(total=len(batches) * len(cells), desc="Checking", unit="run") as progress:
@@ -88,7 +89,7 @@ def main() -> None:
             for _ in check.run(prompts):
                 progress.update()
                 progress.set_postfix(differences=sum(len(cell.differences) for cell in cells))
-    settings = {"model": asdict(model_arguments), "dataset": asdict(dataset), "generation": asdict(config)}
+    settings = {"model": asdict(model_arguments), "dataset": asdict(dataset), "generation": by_flag(config)}
     path.write_text(json.dumps(document(settings, cells), indent=1))
     report(cells, tokenizer, path)
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)

@@ -27,6 +27,7 @@ from self_speculation.harness.adapter import LayerSkipLM, process_device
 from self_speculation.harness.evaluation import Evaluation, LoadedTasks, Results
 from self_speculation.harness.report import exits_table, plot_exits, results_table, save, speed_table, totals
 from self_speculation.loading import ModelArguments, fill_in, load, recommendation
+from self_speculation.settings import by_flag, setting
 
 VERBOSITIES = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
@@ -104,7 +105,7 @@ class EvalArguments:
 class EvalConfig(GenerationConfig):
     """Generation, where a task does not say otherwise; the exit layer may be `all`."""
 
-    max_steps: int = field(default=256, metadata={"help": "Most new tokens, for tasks that do not say."})
+    max_new_tokens: int = setting(256, help="Most new tokens, for tasks that do not say.", at_least=0, flag="max_steps")
     sample: bool = field(default=False, metadata={"help": "Accepted; a task or --gen_kwargs do_sample=True decides."})
     exit_layer: str | None = field(
         default=None, metadata={"help": "E: the layers that score or draft; all: score every exit layer in one pass."}
@@ -135,7 +136,7 @@ def described(model_arguments: ModelArguments, lm: LayerSkipLM) -> dict[str, Any
     """What lm-eval's result files say of the model, and what their folder is named after."""
     name = model_arguments.model
     pretrained = Path(name).resolve().name if Path(name).is_dir() else name
-    return {"pretrained": pretrained} | asdict(model_arguments) | asdict(lm.generation)
+    return {"pretrained": pretrained} | asdict(model_arguments) | by_flag(lm.generation)
 
 
 def keep_caches_apart(arguments: EvalArguments, description: dict[str, Any], output_dir: Path) -> None:

@@ -4,7 +4,8 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import Field, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,9 +13,20 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from self_speculation.settings import flag_of
+
 
 class _Parser(HfArgumentParser):
-    """transformers' dataclass parser, with one sentence for each mistake."""
+    """transformers' dataclass parser: one sentence for each mistake, and flags that are not named like their fields."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: Field[Any]) -> None:
+        own = copy(field)
+        own.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
+        own.name = flag_of(field)
+        if own.name != field.name:
+            own.metadata |= {"dest": field.name, "aliases": [f"--{field.name}"]}
+        HfArgumentParser._parse_dataclass_field(parser, own)
 
     def error(self, message: str) -> NoReturn:
         fail(message)

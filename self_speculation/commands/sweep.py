@@ -34,6 +34,7 @@ from self_speculation.measuring.prediction import Prediction, measure_passes, pr
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.settings import by_flag
 
 Cell = tuple[int, int]
 COLUMNS = (
@@ -114,8 +115,8 @@ class SweepConfig(GenerationConfig):
             raise ValueError(
                 f"--generation_strategy must be self_speculative or hf_early_exit, not {self.generation_strategy!r}."
             )
-        if self.max_steps < 1:
-            raise ValueError(f"--max_steps must be at least 1, not {self.max_steps}: no tokens have no speed.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max_steps must be at least 1, not {self.max_new_tokens}: no tokens have no speed.")
         for name in ("exit_layer", "num_speculations"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name}: the sweep takes --{name}_first and --{name}_last.")
@@ -131,11 +132,11 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     if arguments.mode != "grid" and config.generation_strategy != "self_speculative":
         raise ValueError(f"--mode {arguments.mode} predicts self_speculative only, not {config.generation_strategy}.")
-    settings = {name: value for group in groups for name, value in asdict(group).items()}
+    settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     cells = arguments.cells(model)
-    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_steps)
+    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     sweep = Sweep(model, tokenizer, config, [example.prompt for example in examples])
     log = RunLog(Path(output.output_dir), "sweep")

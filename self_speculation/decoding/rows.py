@@ -16,7 +16,7 @@ from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.early_exit import embed, exit_logits, run_layers
 from self_speculation.decoding.sampling import noise, process_logits
-from self_speculation.decoding.verification import DecodingRule, Draft, GreedyRule, Verdict
+from self_speculation.decoding.verification import Draft, GreedyRule, Verdict, VerificationRule
 
 
 @dataclass
@@ -33,7 +33,7 @@ class DecodingState:
     active_B: Tensor
     noise_BCS: Tensor | None
     cache: PositionAddressedCache
-    rule: DecodingRule
+    rule: VerificationRule
     processors: LogitsProcessorList
 
     def begin(self, prompts: list[list[int]], limits: list[int], seed: int) -> None:

@@ -14,7 +14,7 @@ from self_speculation.decoding.compilation import CompiledStep, Step
 from self_speculation.decoding.fused_layers import fuse, weight_version
 from self_speculation.decoding.rows import DecodingState, new_state
 from self_speculation.decoding.sampling import warpers
-from self_speculation.decoding.verification import DecodingRule, GreedyRule, SamplingRule
+from self_speculation.decoding.verification import GreedyRule, SamplingRule, VerificationRule
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -48,7 +48,7 @@ class Decoding:
         self.request = request
         self.compiled = compiled
         self.context = model.config.max_position_embeddings
-        self.limits = [min(len(prompt) + config.max_steps, self.context) for prompt in prompts]
+        self.limits = [min(len(prompt) + config.max_new_tokens, self.context) for prompt in prompts]
         self.generated: list[list[int]] = [[] for _ in prompts]
         # The prompt of each row of the state.
         self.rows = list(range(len(prompts)))
@@ -59,7 +59,7 @@ class Decoding:
             self.state = new_state(cache, len(prompts), config.sample)
         else:
             self.state = compiled.state
-        self.state.rule = decoding_rule(config)
+        self.state.rule = verification_rule(config)
         self.state.processors = request.all_processors()
         self.state.begin(prompts, self.limits, config.seed)
 
@@ -146,9 +146,9 @@ class DecodingStrategy(GenerationStrategy):
         fuse(self.model)
         self._forget_other_weights()
         context = self.model.config.max_position_embeddings
-        longest = min(max(len(prompt) for prompt in request.prompts) + config.max_steps, context)
+        longest = min(max(len(prompt) for prompt in request.prompts) + config.max_new_tokens, context)
         state = self._state(len(request.prompts), longest, num_speculations + 1, config.sample)
-        state.rule = decoding_rule(config)
+        state.rule = verification_rule(config)
         sampling = (config.temperature, config.top_k, config.top_p) if config.sample else None
         key = (id(state), sampling, config.compile, step, sizes)
         if key not in self.compiled_steps:
@@ -178,7 +178,7 @@ class DecodingStrategy(GenerationStrategy):
         return self.states[key]
 
 
-def decoding_rule(config: GenerationConfig) -> DecodingRule:
+def verification_rule(config: GenerationConfig) -> VerificationRule:
     """Greedy decoding, or sampling with the config's filters."""
     if not config.sample:
         return GreedyRule()

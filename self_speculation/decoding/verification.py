@@ -38,7 +38,7 @@ class Verdict:
     accepted_B: Tensor
 
 
-class DecodingRule(Protocol):
+class VerificationRule(Protocol):
     """How tokens are chosen from logits."""
 
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationResult,
@@ -44,6 +44,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.harness.continuation_scores import Score, ScoredText, score_continuations
 from self_speculation.loading import ModelArguments, fill_in, load, make_strategy, recommendation
+from self_speculation.settings import flag_of
 
 # What `HFLM` takes that still has a meaning for a model that is loaded already.
 HARNESS_OPTIONS = {
@@ -91,8 +92,8 @@ class SpeedFigures:
         for result in results:
             self.tokens += len(result.tokens)
             self.steps += len(result.steps)
-            self.drafted += result.drafted
-            self.accepted += result.accepted
+            self.drafted += result.num_drafted
+            self.accepted += result.num_accepted
 
     def add_baseline(self, results: list[GenerationResult], baseline: list[GenerationResult], seconds: float) -> None:
         """Count the same batch, decoded autoregressively."""
@@ -144,7 +145,7 @@ class LayerSkipLM(HFLM):
         self.baseline: HuggingfaceLlamaGenerator | None = None
         self.speed: defaultdict[str, SpeedFigures] = defaultdict(SpeedFigures)
         self.exit_layer = pretrained.config.num_hidden_layers
-        if isinstance(strategy, AutoregressiveGenerator):
+        if isinstance(strategy, AutoregressiveStrategy):
             self.exit_layer = strategy.num_layers(config)
         self.exit_layers = [self.exit_layer]
         self.known_answers: MutableMapping[str, list[Any]] = {}
@@ -154,7 +155,7 @@ class LayerSkipLM(HFLM):
     @property
     def max_gen_toks(self) -> int:
         """Most new tokens, for tasks that do not say."""
-        return self.generation.max_steps
+        return self.generation.max_new_tokens
 
     @classmethod
     def create_from_arg_obj(
@@ -168,8 +169,9 @@ class LayerSkipLM(HFLM):
             loading["model"] = given.pop("pretrained")
         loading["model_args"] = ",".join(f"{key}={value}" for key, value in _take(given, LOADING_OPTIONS).items())
         model_arguments = ModelArguments(**loading)
-        generation = _take(given, {item.name for item in fields(GenerationConfig)})
-        config = GenerationConfig(**({"max_steps": DEFAULT_MAX_STEPS} | generation))
+        own = {name: item.name for item in fields(GenerationConfig) for name in (item.name, flag_of(item))}
+        generation = {own[name]: value for name, value in _take(given, set(own)).items()}
+        config = GenerationConfig(**({"max_new_tokens": DEFAULT_MAX_STEPS} | generation))
         unknown = given.keys() - HARNESS_OPTIONS
         if unknown:
             raise ValueError(f"--model_args: layerskip has no argument {', '.join(sorted(unknown))}.")
@@ -184,7 +186,7 @@ class LayerSkipLM(HFLM):
 
     def measure_speedup(self) -> None:
         """From now on decode every batch autoregressively too, for its time."""
-        self.baseline = HuggingfaceLlamaGenerator(self.tokenizer, AutoregressiveGenerator(self.model))
+        self.baseline = HuggingfaceLlamaGenerator(self.tokenizer, AutoregressiveStrategy(self.model))
 
     def score_all_exits(self) -> None:
         """From now on score every exit layer in one pass; `exit_layer` chooses the one that is returned.
@@ -229,10 +231,10 @@ class LayerSkipLM(HFLM):
         padding = self.tokenizer.pad_token_id
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=padding)], dim=1)
 
-    def _answer_config(self, max_steps: int, stop: list[str], wishes: dict[str, Any]) -> GenerationConfig:
+    def _answer_config(self, max_new_tokens: int, stop: list[str], wishes: dict[str, Any]) -> GenerationConfig:
         """Our configuration with what the task (and `--gen_kwargs`) asks for on top."""
         temperature = wishes.pop("temperature", self.generation.temperature)
-        changes = {"sample": wishes.pop("do_sample") and temperature > 0, "max_steps": max_steps}
+        changes = {"sample": wishes.pop("do_sample") and temperature > 0, "max_new_tokens": max_new_tokens}
         if changes["sample"]:
             changes["temperature"] = temperature
         changes |= _take(wishes, {"top_k", "top_p", "no_repeat_ngram_size"})

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 MOST_TIES = 0.01
 
@@ -77,8 +77,8 @@ class EquivalenceCheck:
         self.model = model
         self.config = config
         self.cells = cells
-        self.baseline = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model))
-        self.candidate = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeGenerator(model))
+        self.baseline = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+        self.candidate = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
         self.num_samples = 0
 
     def run(self, prompts: list[str]) -> Iterator[Cell]:
@@ -91,8 +91,8 @@ class EquivalenceCheck:
             )
             for row, actual in enumerate(self.candidate.generate(encoded, config)):
                 cell.num_samples += 1
-                cell.drafted += actual.drafted
-                cell.accepted += actual.accepted
+                cell.drafted += actual.num_drafted
+                cell.accepted += actual.num_accepted
                 difference = compare(
                     self.model, self.num_samples + row, encoded[row], expected[row].tokens, actual.tokens
                 )

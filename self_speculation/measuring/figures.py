@@ -26,7 +26,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.loading import make_strategy
 from self_speculation.measuring.prediction import PassCosts
-from self_speculation.measuring.rivals import HuggingfaceStaticGenerator
+from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
 from self_speculation.measuring.surroundings import live_tensor_bytes
 
 WARM_UP_TOKENS = 32
@@ -94,9 +94,9 @@ class Contestant:
 
     def warm_up(self, prompts: list[list[int]]) -> None:
         """Answers that no one counts: short ones, or whole ones where a longer answer would be compiled for anew."""
-        is_whole = isinstance(self.generator.strategy, HuggingfaceStaticGenerator)
-        max_steps = self.config.max_steps if is_whole else min(self.config.max_steps, WARM_UP_TOKENS)
-        self.generator.generate(prompts, dataclasses.replace(self.config, max_steps=max_steps))
+        is_whole = isinstance(self.generator.strategy, HuggingfaceStaticStrategy)
+        max_new_tokens = self.config.max_new_tokens if is_whole else min(self.config.max_new_tokens, WARM_UP_TOKENS)
+        self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=max_new_tokens))
 
     def peak_bytes(self, prompts: list[list[int]]) -> int:
         """The most memory during a batch's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
@@ -113,7 +113,7 @@ class Contestant:
         """
         gc.collect()
         peak, calls = 0, itertools.count(1)
-        every = max(1, self.config.max_steps // MEMORY_LOOKS)
+        every = max(1, self.config.max_new_tokens // MEMORY_LOOKS)
 
         def look(*_: object) -> None:
             nonlocal peak

@@ -32,9 +32,9 @@ from self_speculation.generator_base import (
     GenerationRequest,
     GenerationResult,
     HuggingfaceLlamaGenerator,
+    synchronize,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.measuring.surroundings import synchronize
 from self_speculation.self_speculation_generator import draft_token, verify
 
 # Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
@@ -84,7 +84,7 @@ def profile(
     [result] = generator.generate([tokens], config)
     chances_EN = acceptance_chances(generator.model, request, result.tokens, exit_layers)
     context = generator.model.config.max_position_embeddings
-    return Profile(result, min(config.max_steps, context - len(tokens)), chances_EN)
+    return Profile(result, min(config.max_new_tokens, context - len(tokens)), chances_EN)
 
 
 @torch.inference_mode()

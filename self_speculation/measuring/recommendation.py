@@ -19,7 +19,7 @@ def candidates(exit_layers: tuple[int, ...], num_layers: int) -> list[tuple[int,
 
 
 def recommend(
-    folder: Path, prompts: list[list[int]], max_steps: int, exit_layers: tuple[int, ...]
+    folder: Path, prompts: list[list[int]], max_new_tokens: int, exit_layers: tuple[int, ...]
 ) -> Prediction | None:
     """The fastest (E, d) for greedy answers to some prompts, as predicted from measured passes.
 
@@ -28,7 +28,7 @@ def recommend(
     """
     model, tokenizer = load(ModelArguments(model=str(folder)))
     cells = candidates(exit_layers, model.config.num_hidden_layers)
-    config = GenerationConfig(max_steps=max_steps, sample=False, generation_strategy="autoregressive")
+    config = GenerationConfig(max_new_tokens=max_new_tokens, sample=False, generation_strategy="autoregressive")
     generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
     exits = sorted({exit_layer for exit_layer, _ in cells})
     answers = [profile(generator, config, prompt, exits) for prompt in prompts] if cells else []

@@ -31,8 +31,11 @@ from self_speculation.generator_base import (
 )
 
 
-class HuggingfaceGenerator(GenerationStrategy):
+class HuggingfaceStrategy(GenerationStrategy):
     """transformers' `generate`, autoregressive; the prompts of a batch are padded on the left."""
+
+    # They would see the padding.
+    takes_batched_processors = False
 
     def options(self, config: GenerationConfig) -> dict[str, Any]:
         """Arguments of `generate` that make it what it is."""
@@ -49,9 +52,9 @@ class HuggingfaceGenerator(GenerationStrategy):
                 "transformers' `generate` shows logits processors the padding of a batch: --no_repeat_ngram_size "
                 "and other processors need --batch_size 1."
             )
-        context, max_steps = self.model.config.max_position_embeddings, request.config.max_steps
+        context, max_new_tokens = self.model.config.max_position_embeddings, request.config.max_new_tokens
         rows = [
-            AnsweredRow(min(max_steps, context - len(prompt)), request.limit_reason(row, context))
+            AnsweredRow(min(max_new_tokens, context - len(prompt)), request.limit_reason(row, context))
             for row, prompt in enumerate(request.prompts)
         ]
         max_new = max(row.limit for row in rows)
@@ -91,10 +94,11 @@ class HuggingfaceGenerator(GenerationStrategy):
         return watcher.deliveries()
 
 
-class HuggingfaceEarlyExitGenerator(HuggingfaceGenerator):
+class HuggingfaceEarlyExitStrategy(HuggingfaceStrategy):
     """transformers' `generate(assistant_early_exit=E)`: d drafts a step, whatever their confidence; one prompt only."""
 
     uses = ("exit_layer", "num_speculations")
+    takes_batches = False
 
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """Likewise, with what was drafted."""
@@ -113,11 +117,11 @@ class HuggingfaceEarlyExitGenerator(HuggingfaceGenerator):
         return DraftWatcher(prompt_length)
 
 
-class HuggingfaceStaticGenerator(HuggingfaceGenerator):
+class HuggingfaceStaticStrategy(HuggingfaceStrategy):
     """transformers' `generate(cache_implementation="static")`, whose steps it compiles; prefill runs as it is.
 
-    A step is compiled anew for another batch size, and for a longer cache than any before: prompt and `max_steps` of
-    the longest answer so far. A whole answer to the longest prompt, first, leaves nothing to compile later.
+    A step is compiled anew for another batch size, and for a longer cache than any before: prompt and answer of the
+    longest so far. A whole answer to the longest prompt, first, leaves nothing to compile later.
 
     Args:
         backend: torch.compile's.
@@ -125,6 +129,8 @@ class HuggingfaceStaticGenerator(HuggingfaceGenerator):
     Raises:
         ValueError: torch cannot compile here, for want of a compiler, say.
     """
+
+    warms_up_whole = True
 
     def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
         super().__init__(model)

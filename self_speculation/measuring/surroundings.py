@@ -39,12 +39,6 @@ def last_level_cache_bytes(device: torch.device, caches: Path = CACHES) -> int |
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=None)
 
 
-def synchronize() -> None:
-    """Wait until the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def live_tensor_bytes() -> int:
     """Bytes of all tensors that are alive in this process, shared storage counted once.
 

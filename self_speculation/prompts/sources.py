@@ -331,11 +331,11 @@ class PromptLimit:
     most_whole: int
 
 
-def prompt_limit(arguments: DatasetArguments, context: int, max_steps: int) -> PromptLimit:
+def prompt_limit(arguments: DatasetArguments, context: int, max_new_tokens: int) -> PromptLimit:
     """`--max_prompt_tokens`, or what the answer leaves of the model's context: half of it if that is nothing."""
     most = arguments.max_prompt_tokens
     if most is None:
-        room = context - max(max_steps, 1) if max_steps < context else max(1, context // 2)
+        room = context - max(max_new_tokens, 1) if max_new_tokens < context else max(1, context // 2)
         return PromptLimit(room, context - 1)
     if most >= context:
         raise ValueError(f"--max_prompt_tokens must be less than the model's context of {context}, not {most}.")

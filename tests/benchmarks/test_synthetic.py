@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from benchmarks import synthetic
 from benchmarks.synthetic import SHAPES, Goal, Shape, Trial
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import benchmark
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, RowStep
 from self_speculation.loading import ModelArguments, load, recommendation
@@ -108,14 +108,14 @@ def test_damping_reaches_the_acceptance_asked_for() -> None:
     # The model is left with that factor: a fresh measurement of the same prompts gives the same.
     prompts = synthetic.random_prompts(512, 4, synthetic.PROMPT_TOKENS, seed=0)
     config = goal.generation_config()
-    generator = HuggingfaceLlamaGenerator(synthetic.byte_tokenizer(), synthetic.SelfSpeculativeGenerator(model))
+    generator = HuggingfaceLlamaGenerator(synthetic.byte_tokenizer(), synthetic.SelfSpeculativeStrategy(model))
     assert Trial.of(trial.factor, generator.generate(prompts, config)) == trial
     assert model.config.synthetic_damping["factor"] == trial.factor
 
 
 def test_acceptance_falls_with_the_factor() -> None:
     model = tiny_model()
-    generator = HuggingfaceLlamaGenerator(synthetic.byte_tokenizer(), synthetic.SelfSpeculativeGenerator(model))
+    generator = HuggingfaceLlamaGenerator(synthetic.byte_tokenizer(), synthetic.SelfSpeculativeStrategy(model))
     config = Goal(exit_layer=2, trial_tokens=32).generation_config()
     prompts = synthetic.random_prompts(512, 4, synthetic.PROMPT_TOKENS, seed=0)
     rates = []
@@ -129,9 +129,9 @@ def test_acceptance_falls_with_the_factor() -> None:
 
 def test_greedy_text_is_no_cycle() -> None:
     model = synthetic.make_model(Shape(4, 64, 4, 2, 192, 4096, False).config("test"), CPU, torch.float32, seed=0)
-    generator = HuggingfaceLlamaGenerator(synthetic.byte_tokenizer(), AutoregressiveGenerator(model))
+    generator = HuggingfaceLlamaGenerator(synthetic.byte_tokenizer(), AutoregressiveStrategy(model))
     prompts = synthetic.random_prompts(4096, 4, synthetic.PROMPT_TOKENS, seed=0)
-    results = generator.generate(prompts, GenerationConfig(max_steps=64, sample=False))
+    results = generator.generate(prompts, GenerationConfig(max_new_tokens=64, sample=False))
     assert sum(synthetic.repeated_share(result.tokens) for result in results) / 4 < 0.1
     assert len({token for result in results for token in result.tokens}) > 64
 
@@ -223,7 +223,7 @@ def test_on_cuda_self_speculative_text_is_the_full_models() -> None:
     trial = synthetic.damp_to(model, goal)
     assert abs(trial.acceptance - 0.7) <= 0.05
     cells = [Cell(exit_layer, drafts) for exit_layer in (1, 2, 7) for drafts in (1, 6)]
-    config = GenerationConfig(max_steps=64, sample=False)
+    config = GenerationConfig(max_new_tokens=64, sample=False)
     check = EquivalenceCheck(model, synthetic.byte_tokenizer(), config, cells)
     for cell in check.run(["def add(a, b):", "class Stack:", "import os", "x ="]):
         # A random model's two best logits often lie within rounding of bfloat16, so there may be ties.

@@ -126,7 +126,7 @@ def test_ways_exit_at_three_quarters_and_draft_there() -> None:
         "self-speculative L/2": ("self_speculative", 6, 5),
         "self-speculative L/4": ("self_speculative", 3, 5),
     }
-    assert {c.max_steps for c in found.values()} == {7}
+    assert {c.max_new_tokens for c in found.values()} == {7}
     assert not any(c.sample for c in found.values())
 
 

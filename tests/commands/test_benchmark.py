@@ -329,7 +329,7 @@ def test_no_tokens_have_no_ideal() -> None:
 
 
 def make_contestants(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Contestant]:
-    config = GenerationConfig(max_steps=8, sample=False, exit_layer=2, num_speculations=2)
+    config = GenerationConfig(max_new_tokens=8, sample=False, exit_layer=2, num_speculations=2)
     configs = {name: dataclasses.replace(config, generation_strategy=name) for name in STRATEGIES[1:]}
     return {name: Contestant.of(model, tokenizer, config) for name, config in configs.items()}
 
@@ -377,7 +377,7 @@ def test_a_warm_up_is_short_and_changes_nothing(
     contestant.warm_up([[0, 5, 6]])
     handle.remove()
     assert 0 < len(passes) <= 3 * 3
-    assert contestant.config.max_steps == 8
+    assert contestant.config.max_new_tokens == 8
 
 
 # The script

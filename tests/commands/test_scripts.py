@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from self_speculation.autoregressive_generator import EarlyExitGenerator
+from self_speculation.autoregressive_generator import EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.commands.interactive import InterruptKey, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
@@ -108,8 +108,8 @@ def test_correctness_reports_a_difference_and_fails(
 ) -> None:
     """Early exit, passed off as self-speculative decoding."""
     monkeypatch.setattr(
-        "self_speculation.measuring.equivalence.SelfSpeculativeGenerator.steps",
-        lambda self, request: EarlyExitGenerator(self.model).steps(request),
+        "self_speculation.measuring.equivalence.SelfSpeculativeStrategy.steps",
+        lambda self, request: EarlyExitStrategy(self.model).steps(request),
     )
     flags = ["--data_path", rows, "--num_samples", 2, "--max_steps", 8, "--exit_layer", 2, "--num_speculations", 2]
     code = run(correctness.main, *flags)

@@ -7,17 +7,17 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase, TopKLogitsWarper
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding import compilation
 from self_speculation.decoding.session import DecodingStrategy
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 MakeModel = Callable[..., LlamaForCausalLM]
 STRATEGIES = {
-    "autoregressive": AutoregressiveGenerator,
-    "early_exit": EarlyExitGenerator,
-    "self_speculative": SelfSpeculativeGenerator,
+    "autoregressive": AutoregressiveStrategy,
+    "early_exit": EarlyExitStrategy,
+    "self_speculative": SelfSpeculativeStrategy,
 }
 CONTEXT = 256
 
@@ -41,7 +41,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 
 def config(**fields: object) -> GenerationConfig:
-    settings = {"max_steps": 20, "sample": False, "exit_layer": 1, "num_speculations": 3, "compile": "default"}
+    settings = {"max_new_tokens": 20, "sample": False, "exit_layer": 1, "num_speculations": 3, "compile": "default"}
     return GenerationConfig(**settings | fields)
 
 
@@ -81,12 +81,12 @@ def test_compiled_steps_of_every_strategy(
 def test_ragged_batches(small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Rows end at different times, at stop tokens and at the context's end, and stay in the batch."""
     batches = [prompts_of(5, 40, 1), prompts_of(CONTEXT - 3, 70, 3), prompts_of(12, 12, CONTEXT - 9)]
-    check_same(tokenizer, SelfSpeculativeGenerator(small), batches, stop_token_ids=list(range(2, 12)))
+    check_same(tokenizer, SelfSpeculativeStrategy(small), batches, stop_token_ids=list(range(2, 12)))
 
 
 def test_a_trimmed_draft_head(small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     batches = [prompts_of(length) for length in (9, 130)]
-    check_same(tokenizer, SelfSpeculativeGenerator(small), batches, draft_vocab=150)
+    check_same(tokenizer, SelfSpeculativeStrategy(small), batches, draft_vocab=150)
 
 
 @pytest.mark.slow
@@ -96,8 +96,8 @@ def test_generated_code(
     compile_mode: str, fields: dict[str, object], small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     batches = [prompts_of(length) for length in (9, 1, 130, CONTEXT - 2)]
-    check_same(tokenizer, SelfSpeculativeGenerator(small), batches, compile=compile_mode, **fields)
-    check_same(tokenizer, AutoregressiveGenerator(small), batches, compile=compile_mode, **fields)
+    check_same(tokenizer, SelfSpeculativeStrategy(small), batches, compile=compile_mode, **fields)
+    check_same(tokenizer, AutoregressiveStrategy(small), batches, compile=compile_mode, **fields)
 
 
 @pytest.mark.gpu
@@ -110,7 +110,7 @@ def test_captured_steps(name: str, small: LlamaForCausalLM, tokenizer: PreTraine
 def test_the_tensors_stay_and_steps_are_compiled_once(
     small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    strategy = SelfSpeculativeGenerator(small)
+    strategy = SelfSpeculativeStrategy(small)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
     generator.generate(prompts_of(3), config(num_speculations=1))
     [step], [state] = strategy.compiled_steps.values(), strategy.states.values()
@@ -126,7 +126,7 @@ def test_the_tensors_stay_and_steps_are_compiled_once(
 
 @pytest.mark.parametrize("change", ["in place", "moved"])
 def test_weights_are_never_stale(change: str, small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    strategy = AutoregressiveGenerator(small)
+    strategy = AutoregressiveStrategy(small)
     check_same(tokenizer, strategy, [prompts_of(9)])
     weights = {name: weight * 1.5 for name, weight in small.state_dict().items()}
     small.load_state_dict(weights, assign=change == "moved")
@@ -138,16 +138,16 @@ def test_weights_are_never_stale(change: str, small: LlamaForCausalLM, tokenizer
 def test_an_answer_that_was_left_does_not_show_in_the_next(
     small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    strategy = SelfSpeculativeGenerator(small)
+    strategy = SelfSpeculativeStrategy(small)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
-    steps = strategy.steps(generator.request(prompts_of(150), config(max_steps=90)))
+    steps = strategy.steps(generator.request(prompts_of(150), config(max_new_tokens=90)))
     for _ in range(8):
         next(steps)
     check_same(tokenizer, strategy, [prompts_of(4)])
 
 
 def test_a_step_with_processors_is_not_compiled(small: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    strategy = SelfSpeculativeGenerator(small)
+    strategy = SelfSpeculativeStrategy(small)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
     processors = LogitsProcessorList([TopKLogitsWarper(1)])
     [result] = generator.generate(prompts_of(5), config(), logits_processors=processors)
@@ -162,7 +162,7 @@ def test_a_compiler_that_fails_gets_a_sentence(
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(compilation, "BACKEND", failing)
-    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(small))
+    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(small))
     with pytest.raises(ValueError, match=r"--compile: this model cannot be compiled here .*no compiler.") as caught:
         generator.generate(prompts_of(5), config())
     assert "\n" not in str(caught.value)

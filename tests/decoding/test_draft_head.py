@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.draft_head import COUNTS_FILE, DraftHead, save_counts, token_order
 from self_speculation.decoding.early_exit import exit_logits
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 MakeModel = Callable[..., LlamaForCausalLM]
 
@@ -51,12 +51,12 @@ def test_the_output_is_the_full_models(
     sample: bool, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Greedy: its tokens, of which few can be drafted. Sampling: only tokens that the head has are drafted."""
-    config = GenerationConfig(max_steps=30, sample=sample, exit_layer=3, num_speculations=4, draft_vocab=60)
-    strategy = SelfSpeculativeGenerator(model)
+    config = GenerationConfig(max_new_tokens=30, sample=sample, exit_layer=3, num_speculations=4, draft_vocab=60)
+    strategy = SelfSpeculativeStrategy(model)
     [result] = HuggingfaceLlamaGenerator(tokenizer, strategy).generate([[5, 9, 40]], config)
     assert {token for step in result.steps for token in step.drafted} <= set(range(60))
     if not sample:
-        full = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model))
+        full = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
         assert result.tokens == full.generate([[5, 9, 40]], config)[0].tokens
         assert not set(result.tokens) <= set(range(60)), "nothing that could not be drafted was generated"
 
@@ -64,8 +64,8 @@ def test_the_output_is_the_full_models(
 def test_with_the_whole_vocabulary_nothing_changes(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     steps = []
     for draft_vocab in (None, 300):
-        config = GenerationConfig(max_steps=30, exit_layer=3, num_speculations=4, draft_vocab=draft_vocab)
-        generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeGenerator(model))
+        config = GenerationConfig(max_new_tokens=30, exit_layer=3, num_speculations=4, draft_vocab=draft_vocab)
+        generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
         steps.append(generator.generate([[5, 9, 40]], config)[0].steps)
     assert steps[0] == steps[1]
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.early_exit import embed, exit_logits, run_layers
 from self_speculation.decoding.fused_layers import fuse, fused_layer
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.surroundings import live_tensor_bytes
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 MakeModel = Callable[..., LlamaForCausalLM]
 SHAPES = [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 16}]
@@ -111,8 +111,8 @@ def test_a_model_that_has_decoded_can_be_trained(
 ) -> None:
     """Decoding runs in inference mode, and what is made there knows no gradients."""
     model = make_model()
-    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model))
-    generator.generate([[5, 6]], GenerationConfig(max_steps=2, sample=False))
+    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+    generator.generate([[5, 6]], GenerationConfig(max_new_tokens=2, sample=False))
     assert all(is_fused(model))
     model(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -171,12 +171,12 @@ def test_a_layer_that_is_not_plain_is_left_alone(change: Callable[[nn.Module], o
     assert is_fused(model) == [True, True, False, True, False, True]
 
 
-@pytest.mark.parametrize("strategy", [AutoregressiveGenerator, SelfSpeculativeGenerator])
+@pytest.mark.parametrize("strategy", [AutoregressiveStrategy, SelfSpeculativeStrategy])
 def test_generation_fuses(
-    strategy: type[AutoregressiveGenerator], make_model: MakeModel, tokenizer: PreTrainedTokenizerBase
+    strategy: type[AutoregressiveStrategy], make_model: MakeModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = make_model()
-    config = GenerationConfig(max_steps=8, sample=False, exit_layer=2, num_speculations=3)
+    config = GenerationConfig(max_new_tokens=8, sample=False, exit_layer=2, num_speculations=3)
     [fused] = HuggingfaceLlamaGenerator(tokenizer, strategy(model)).generate(["def add(a"], config)
     assert all(is_fused(model))
     plain = make_model()

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.early_exit import check_supported
 from self_speculation.decoding.stopping import StopReason
@@ -31,9 +31,9 @@ from self_speculation.generator_base import (
     RowStep,
     check_exit_layer,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
-STRATEGIES = (AutoregressiveGenerator, EarlyExitGenerator, SelfSpeculativeGenerator)
+STRATEGIES = (AutoregressiveStrategy, EarlyExitStrategy, SelfSpeculativeStrategy)
 PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12]]
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 TINY = {
@@ -47,7 +47,7 @@ TINY = {
 
 
 def run(strategy: GenerationStrategy, tokenizer: PreTrainedTokenizerBase, **fields: object) -> list[GenerationResult]:
-    fields = {"max_steps": 10, "sample": False, "exit_layer": 4, "num_speculations": 3} | fields
+    fields = {"max_new_tokens": 10, "sample": False, "exit_layer": 4, "num_speculations": 3} | fields
     return HuggingfaceLlamaGenerator(tokenizer, strategy).generate(PROMPTS, GenerationConfig(**fields))
 
 
@@ -106,8 +106,8 @@ def test_attention_is_switched_to_sdpa(
     assert model.config._attn_implementation == "eager"
     check_supported(model)
     assert model.config._attn_implementation == "sdpa"
-    expected = run(AutoregressiveGenerator(make_model(rope_parameters=parameters)), tokenizer)
-    assert tokens_of(run(SelfSpeculativeGenerator(model), tokenizer)) == tokens_of(expected)
+    expected = run(AutoregressiveStrategy(make_model(rope_parameters=parameters)), tokenizer)
+    assert tokens_of(run(SelfSpeculativeStrategy(model), tokenizer)) == tokens_of(expected)
 
 
 @pytest.mark.parametrize("exit_layer", [None, 0, -1, 7])
@@ -117,11 +117,11 @@ def test_exit_layers_that_the_model_lacks(
     with pytest.raises(ValueError, match="--exit_layer must lie between 1 and 6"):
         check_exit_layer(exit_layer, model)
     if exit_layer in (None, 7):
-        for strategy in (EarlyExitGenerator, SelfSpeculativeGenerator):
+        for strategy in (EarlyExitStrategy, SelfSpeculativeStrategy):
             with pytest.raises(ValueError, match="--exit_layer"):
                 run(strategy(model), tokenizer, exit_layer=exit_layer)
     with pytest.raises(ValueError, match="--num_speculations"):
-        run(SelfSpeculativeGenerator(model), tokenizer, num_speculations=None)
+        run(SelfSpeculativeStrategy(model), tokenizer, num_speculations=None)
 
 
 # Types, devices, weights
@@ -137,11 +137,11 @@ def test_dtypes(
     model.generation_config.eos_token_id = None
     results = {strategy: tokens_of(run(strategy(model), tokenizer, sample=sample)) for strategy in STRATEGIES}
     assert all(0 < len(tokens) <= 10 for answers in results.values() for tokens in answers)
-    assert results[EarlyExitGenerator] != results[AutoregressiveGenerator]
-    last = run(EarlyExitGenerator(model), tokenizer, sample=sample, exit_layer=6)
-    assert tokens_of(last) == results[AutoregressiveGenerator]
+    assert results[EarlyExitStrategy] != results[AutoregressiveStrategy]
+    last = run(EarlyExitStrategy(model), tokenizer, sample=sample, exit_layer=6)
+    assert tokens_of(last) == results[AutoregressiveStrategy]
     if dtype == torch.float32 and not sample:
-        assert results[SelfSpeculativeGenerator] == results[AutoregressiveGenerator]
+        assert results[SelfSpeculativeStrategy] == results[AutoregressiveStrategy]
 
 
 @pytest.mark.parametrize("how", ["device_map", "disk_offload"])
@@ -202,12 +202,12 @@ def test_results(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
             assert result.tokens == [token for step in result.steps for token in step.tokens]
             assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
             assert len(result.accepted_per_step) == len(result.steps)
-            assert sum(result.accepted_per_step) == result.accepted <= result.drafted
+            assert sum(result.accepted_per_step) == result.num_accepted <= result.num_drafted
             # Each step adds one of the full model's tokens; an end token that was drafted leaves the last one out.
-            assert len(result.tokens) - result.accepted - len(result.steps) in (0, -1)
+            assert len(result.tokens) - result.num_accepted - len(result.steps) in (0, -1)
             assert result.tokens_per_step == pytest.approx(len(result.tokens) / len(result.steps))
-            if strategy is SelfSpeculativeGenerator:
-                assert result.acceptance_rate == pytest.approx(result.accepted / result.drafted)
+            if strategy is SelfSpeculativeStrategy:
+                assert result.acceptance_rate == pytest.approx(result.num_accepted / result.num_drafted)
             else:
                 assert result.acceptance_rate is None
 
@@ -215,7 +215,7 @@ def test_results(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
 def test_result_of_given_steps() -> None:
     steps = [RowStep([1, 2, 3], 3, [1, 2, 3, 4]), RowStep([5, 6, 7], 1, [5, 8]), RowStep([], 0, [9])]
     result = GenerationResult("", [1, 2, 3, 4, 5, 8, 9], StopReason.MAX_STEPS, 0.5, 0.75, 2.0, steps)
-    assert (result.drafted, result.accepted, result.accepted_per_step) == (6, 4, [3, 1, 0])
+    assert (result.num_drafted, result.num_accepted, result.accepted_per_step) == (6, 4, [3, 1, 0])
     assert result.acceptance_rate == pytest.approx(4 / 6)
     assert result.tokens_per_step == pytest.approx(7 / 3)
     assert result.tokens_per_second == pytest.approx(3 / 2)
@@ -231,14 +231,14 @@ def test_times_end_when_the_device_is_done(
     waits: list[tuple[object, ...]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waits.append(device))
-    results = run(AutoregressiveGenerator(model), tokenizer, max_steps=4)
+    results = run(AutoregressiveStrategy(model), tokenizer, max_new_tokens=4)
     assert len(waits) >= 1 + max(len(result.steps) for result in results)
 
 
 @pytest.mark.parametrize(
     ("fields", "flag"),
     [
-        ({"max_steps": -1}, "--max_steps"),
+        ({"max_new_tokens": -1}, "--max_steps"),
         ({"exit_layer": 0}, "--exit_layer"),
         ({"num_speculations": -1}, "--num_speculations"),
         ({"temperature": 0.0, "sample": True}, "--temperature"),
@@ -266,7 +266,7 @@ def test_prefill_in_chunks_gives_the_same(
 ) -> None:
     """A ragged batch; a chunk longer than the folded calls, and plain layers as well as hooked ones."""
     prompts = [[(7 * n + row) % 300 for n in range(length)] for row, length in enumerate((1, 70, 139))]
-    config = GenerationConfig(max_steps=8, sample=False, exit_layer=2, num_speculations=3)
+    config = GenerationConfig(max_new_tokens=8, sample=False, exit_layer=2, num_speculations=3)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy(model))
     expected = generator.generate(prompts, config)
     handles = [model.model.layers[layer].register_forward_hook(lambda *_: None) for layer in (1, 4)]
@@ -281,8 +281,8 @@ def test_prefill_reads_no_more_than_a_chunk_at_once(
 ) -> None:
     lengths = []
     handle = model.model.layers[0].register_forward_hook(lambda layer, args, out: lengths.append(args[0].shape[1]))
-    config = GenerationConfig(max_steps=1, sample=False, prefill_chunk=30)
-    HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(model)).generate([list(range(2, 103))], config)
+    config = GenerationConfig(max_new_tokens=1, sample=False, prefill_chunk=30)
+    HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model)).generate([list(range(2, 103))], config)
     handle.remove()
     assert lengths == [30, 30, 30, 10, 1]
 
@@ -299,7 +299,7 @@ def test_ended_rows_leave_the_batch(
     prompts = [
         [(row + 5 * n) % 299 + 1 for n in range(length)] for row, length in enumerate((250, 9, 254, 252, 30, 253))
     ]
-    config = GenerationConfig(max_steps=20, sample=sample, exit_layer=2, num_speculations=2)
+    config = GenerationConfig(max_new_tokens=20, sample=sample, exit_layer=2, num_speculations=2)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy(model))
     alone = [generator.generate([prompt], config)[0] for prompt in prompts]
     sizes = []
@@ -312,7 +312,7 @@ def test_ended_rows_leave_the_batch(
     assert sizes[0] == 6
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] <= 3
-    if strategy is AutoregressiveGenerator and not sample:
+    if strategy is AutoregressiveStrategy and not sample:
         assert sizes == [6] * 4 + [3] * 16
 
 

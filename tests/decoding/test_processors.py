@@ -11,9 +11,9 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 MAX_STEPS = 12
 LENGTHS = (1, 58, 4)
@@ -67,12 +67,12 @@ def test_processors(
     def decode(strategy: type[GenerationStrategy], prompts: list[list[int]], **fields: int) -> list[list[int]]:
         processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)] if penalty else [])
         generator = HuggingfaceLlamaGenerator(tokenizer, strategy(repetitive_model))
-        config = GenerationConfig(max_steps=MAX_STEPS, sample=False, **own, **fields)
+        config = GenerationConfig(max_new_tokens=MAX_STEPS, sample=False, **own, **fields)
         return [result.tokens for result in generator.generate(prompts, config, logits_processors=processors)]
 
-    assert decode(AutoregressiveGenerator, make_prompts()) == expected
+    assert decode(AutoregressiveStrategy, make_prompts()) == expected
     for exit_layer, num_speculations in ((2, 1), (5, 8), (4, 3)):
         fields = {"exit_layer": exit_layer, "num_speculations": num_speculations}
-        assert decode(SelfSpeculativeGenerator, make_prompts(), **fields) == expected
+        assert decode(SelfSpeculativeStrategy, make_prompts(), **fields) == expected
     for row in (0, 1):  # alone
-        assert decode(SelfSpeculativeGenerator, [make_prompts()[row]], **fields) == [expected[row]]
+        assert decode(SelfSpeculativeStrategy, [make_prompts()[row]], **fields) == [expected[row]]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.sampling import draw, noise, probabilities, process_logits, warpers
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 CPU = torch.device("cpu")
 ALMOST_ONE = math.nextafter(1.0, 0.0)
@@ -104,13 +104,13 @@ def test_processors_see_each_rows_prefix() -> None:
     assert logits_BTV.tolist() == [[[3, 0, 0], [4, 0, 0]], [[1, 0, 0], [2, 0, 0]]]
 
 
-@pytest.mark.parametrize("strategy", [AutoregressiveGenerator, SelfSpeculativeGenerator])
+@pytest.mark.parametrize("strategy", [AutoregressiveStrategy, SelfSpeculativeStrategy])
 def test_processors_see_prompt_answer_and_draft(
     strategy: type[GenerationStrategy], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """In a ragged batch, every prefix asked about is a row's prompt, its answer so far, and what was drafted after."""
     recorder, prompts = RecordingProcessor(), [[3], [4, 5, 6, 7, 8, 9], [10, 11]]
-    config = GenerationConfig(max_steps=6, sample=False, exit_layer=4, num_speculations=2)
+    config = GenerationConfig(max_new_tokens=6, sample=False, exit_layer=4, num_speculations=2)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy(model))
     results = generator.generate(prompts, config, logits_processors=LogitsProcessorList([recorder]))
     assert all(any(prefix[: len(prompt)] == prompt for prompt in prompts) for prefix in recorder.prefixes)
@@ -122,5 +122,5 @@ def test_processors_see_prompt_answer_and_draft(
             text += step.tokens
         assert len(result.tokens) == 6
     assert expected <= {tuple(prefix) for prefix in recorder.prefixes}
-    if strategy is AutoregressiveGenerator:
+    if strategy is AutoregressiveStrategy:
         assert expected == {tuple(prefix) for prefix in recorder.prefixes}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TextStreamer
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -20,7 +20,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
     RowStep,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 TEXT = "vwxyzSTOP漢字🙂ABC?"
 PROMPT_LENGTHS = (1, 4, 62, 9)
@@ -52,7 +52,9 @@ def chain_model(make_model: Callable[..., LlamaForCausalLM], script: list[int]) 
 def run(
     strategy: GenerationStrategy, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], **fields: object
 ) -> list[GenerationResult]:
-    config = GenerationConfig(**{"max_steps": 12, "sample": False, "exit_layer": 5, "num_speculations": 3} | fields)
+    config = GenerationConfig(
+        **{"max_new_tokens": 12, "sample": False, "exit_layer": 5, "num_speculations": 3} | fields
+    )
     return HuggingfaceLlamaGenerator(tokenizer, strategy).generate(prompts, config)
 
 
@@ -74,7 +76,7 @@ def endless_model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausal
 @pytest.fixture(scope="module")
 def unstopped(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Twelve autoregressive tokens for each prompt."""
-    results = run(AutoregressiveGenerator(endless_model), tokenizer, make_prompts())
+    results = run(AutoregressiveStrategy(endless_model), tokenizer, make_prompts())
     assert [len(result.tokens) for result in results] == [12] * len(PROMPT_LENGTHS)
     return [result.tokens for result in results]
 
@@ -83,23 +85,23 @@ def unstopped(endless_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.mark.parametrize("num_speculations", [0, 1, 8])
-@pytest.mark.parametrize("max_steps", [0, 1, 2])
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 2])
 def test_max_steps(
-    max_steps: int,
+    max_new_tokens: int,
     num_speculations: int,
     endless_model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     unstopped: list[list[int]],
 ) -> None:
-    for strategy in (AutoregressiveGenerator, SelfSpeculativeGenerator):
-        fields = {"max_steps": max_steps, "num_speculations": num_speculations}
+    for strategy in (AutoregressiveStrategy, SelfSpeculativeStrategy):
+        fields = {"max_new_tokens": max_new_tokens, "num_speculations": num_speculations}
         results = run(strategy(endless_model), tokenizer, make_prompts(), **fields)
-        assert [result.tokens for result in results] == [tokens[:max_steps] for tokens in unstopped]
+        assert [result.tokens for result in results] == [tokens[:max_new_tokens] for tokens in unstopped]
         assert {result.stop_reason for result in results} == {StopReason.MAX_STEPS}
         for result in results:
-            assert len(result.steps) <= max_steps
-            assert result.drafted <= max(max_steps - 1, 0)
-            assert (result.text == "") == (max_steps == 0)
+            assert len(result.steps) <= max_new_tokens
+            assert result.num_drafted <= max(max_new_tokens - 1, 0)
+            assert (result.text == "") == (max_new_tokens == 0)
 
 
 @pytest.mark.parametrize("num_speculations", [0, 1, 8])
@@ -112,7 +114,7 @@ def test_context_limit(
 ) -> None:
     """Rows end at the context, with drafts that reach past it; the last row has room for all it may generate."""
     monkeypatch.setattr(endless_model.config, "max_position_embeddings", 66)
-    for strategy in (AutoregressiveGenerator, SelfSpeculativeGenerator):
+    for strategy in (AutoregressiveStrategy, SelfSpeculativeStrategy):
         results = run(strategy(endless_model), tokenizer, make_prompts(), num_speculations=num_speculations)
         assert [len(result.tokens) for result in results] == [12, 12, 4, 12]
         assert [result.tokens for result in results] == [
@@ -137,8 +139,8 @@ def test_unusable_prompts(
     prompt: str | list[int], sentence: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        run(AutoregressiveGenerator(model), tokenizer, [[5], prompt])
-    assert len(run(AutoregressiveGenerator(model), tokenizer, [[5] * 255])[0].tokens) == 1
+        run(AutoregressiveStrategy(model), tokenizer, [[5], prompt])
+    assert len(run(AutoregressiveStrategy(model), tokenizer, [[5] * 255])[0].tokens) == 1
 
 
 # Stops, recited
@@ -179,13 +181,13 @@ def test_stops(
     for source in ("config", "generation_config"):
         getattr(chain_model, source).eos_token_id = tokenizer.convert_tokens_to_ids(list(stops.get(source, [])))
     fields = {
-        "max_steps": len(script) - 1,
+        "max_new_tokens": len(script) - 1,
         "stop_words": stops.get("stop_words"),
         "stop_token_ids": tokenizer.convert_tokens_to_ids(list(stops.get("stop_tokens", []))),
     }
     expected = tokenizer.encode(recited, add_special_tokens=False)
     for num_speculations in (None, 0, 1, 3, 8, 40):
-        strategy = AutoregressiveGenerator if num_speculations is None else SelfSpeculativeGenerator
+        strategy = AutoregressiveStrategy if num_speculations is None else SelfSpeculativeStrategy
         fields |= {"num_speculations": num_speculations, "exit_layer": 2}
         (result,) = run(strategy(chain_model), tokenizer, [script[:1]], **fields)
         assert (result.tokens, result.text, result.stop_reason) == (expected, text, reason)
@@ -193,8 +195,8 @@ def test_stops(
             num_steps = -(-len(expected) // (num_speculations + 1))
             # Of every step all tokens were drafted but the last, the bonus token, if it came to that.
             assert len(result.steps) == num_steps
-            assert result.drafted == result.accepted
-            assert len(expected) - num_steps <= result.accepted <= len(expected)
+            assert result.num_drafted == result.num_accepted
+            assert len(expected) - num_steps <= result.num_accepted <= len(expected)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_counts_end_at_the_stop(
     drafted, accepted, tokens = step
     ids = tokenizer.convert_tokens_to_ids
     fields = {"num_speculations": num_speculations, "stop_token_ids": [ids("y")]}
-    (result,) = run(SelfSpeculativeGenerator(chain_model), tokenizer, [script[:1]], **fields)
+    (result,) = run(SelfSpeculativeStrategy(chain_model), tokenizer, [script[:1]], **fields)
     assert result.steps == [RowStep(ids(list(drafted)), accepted, ids(list(tokens)), StopReason.STOP_TOKEN)]
     assert not result.steps[0].is_rejected
 
@@ -231,9 +233,9 @@ def test_stops_of_a_random_model(
     stop_ids = [unstopped[0][position], unstopped[1][0]]
     stop_word = tokenizer.decode(unstopped[3][position : position + 1])
     fields = {"stop_token_ids": stop_ids, "stop_words": [stop_word] if stop_word.isascii() else None}
-    expected = run(AutoregressiveGenerator(endless_model), tokenizer, make_prompts(), **fields)
+    expected = run(AutoregressiveStrategy(endless_model), tokenizer, make_prompts(), **fields)
     for num_speculations in (1, 8):
-        strategy = SelfSpeculativeGenerator(endless_model)
+        strategy = SelfSpeculativeStrategy(endless_model)
         fields["num_speculations"] = num_speculations
         results = run(strategy, tokenizer, make_prompts(), **fields)
         for prompt, result, answer, tokens in zip(make_prompts(), results, expected, unstopped, strict=True):
@@ -330,9 +332,9 @@ def test_streamed_text(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """What is streamed is the answer's text, with no piece of a stop string and no broken character in between."""
-    strategy = AutoregressiveGenerator if num_speculations is None else SelfSpeculativeGenerator
+    strategy = AutoregressiveStrategy if num_speculations is None else SelfSpeculativeStrategy
     fields = fields | {"stop_token_ids": tokenizer.convert_tokens_to_ids(fields.get("stop_token_ids", []))}
-    fields |= {"max_steps": len(script) - 1, "exit_layer": 2, "num_speculations": num_speculations}
+    fields |= {"max_new_tokens": len(script) - 1, "exit_layer": 2, "num_speculations": num_speculations}
     streamer = RecordingStreamer(tokenizer)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy(chain_model))
     (result,) = generator.generate([script[:1]], GenerationConfig(sample=False, **fields), streamer)

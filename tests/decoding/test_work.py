@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from self_speculation import autoregressive_generator, self_speculation_generator
-from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.cache import BUCKET
 from self_speculation.decoding.session import Decoding
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStrategy
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 NUM_LAYERS = 6
 LENGTHS = (1, 3, 12, 60)
@@ -23,7 +23,9 @@ LENGTHS = (1, 3, 12, 60)
 
 def make_request(prompts: list[list[int]], **fields: object) -> GenerationRequest:
     """A greedy request that only the limit ends."""
-    config = GenerationConfig(**{"max_steps": 15, "sample": False, "exit_layer": 4, "num_speculations": 3} | fields)
+    config = GenerationConfig(
+        **{"max_new_tokens": 15, "sample": False, "exit_layer": 4, "num_speculations": 3} | fields
+    )
     return GenerationRequest(
         prompts, config, StopRule(frozenset(), frozenset(), (), lambda tokens: ""), LogitsProcessorList()
     )
@@ -110,7 +112,7 @@ def test_work_of_a_self_speculative_step(
 ) -> None:
     """d·E + L layer applications, each of the d + 1 tokens once per layer, and d + (d + 1) rows of the LM head."""
     request = make_request(make_prompts()[-num_rows:], exit_layer=exit_layer, num_speculations=num_speculations)
-    prefill, *steps = work_of_steps(SelfSpeculativeGenerator(model), request, 3)
+    prefill, *steps = work_of_steps(SelfSpeculativeStrategy(model), request, 3)
     assert prefill == Work([59] * NUM_LAYERS, [1] * NUM_LAYERS, 0)
     drafting, verifying = exit_layer, NUM_LAYERS - exit_layer
     for work in steps:
@@ -124,7 +126,7 @@ def test_work_of_a_self_speculative_step(
 def test_work_of_an_autoregressive_step(exit_layer: int | None, model: LlamaForCausalLM) -> None:
     """All layers, whatever `exit_layer` says."""
     request = make_request(make_prompts(), exit_layer=exit_layer)
-    prefill, *steps = work_of_steps(AutoregressiveGenerator(model), request, 3)
+    prefill, *steps = work_of_steps(AutoregressiveStrategy(model), request, 3)
     assert prefill == Work([59] * NUM_LAYERS, [1] * NUM_LAYERS, 0)
     assert steps == [Work([1] * NUM_LAYERS, [1] * NUM_LAYERS, 1)] * 2
 
@@ -133,7 +135,7 @@ def test_work_of_an_autoregressive_step(exit_layer: int | None, model: LlamaForC
 def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM, decodings: list[Decoding]) -> None:
     """E layers in prefill and step, and a cache of E layers."""
     request = make_request(make_prompts(), exit_layer=exit_layer)
-    prefill, *steps = work_of_steps(EarlyExitGenerator(model), request, 3)
+    prefill, *steps = work_of_steps(EarlyExitStrategy(model), request, 3)
     mine, others = [1] * exit_layer, [0] * (NUM_LAYERS - exit_layer)
     assert prefill == Work([59 * one for one in mine] + others, mine + others, 0)
     assert steps == [Work(mine + others, mine + others, 1)] * 2
@@ -142,9 +144,9 @@ def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM, de
 
 def test_the_draft_is_no_longer_than_the_limit_allows(model: LlamaForCausalLM) -> None:
     """With two tokens to go the step drafts one, with one to go none."""
-    for max_steps, num_drafted in ((1, 0), (2, 1), (3, 2)):
-        request = make_request(make_prompts(), max_steps=max_steps, num_speculations=8)
-        _, work = work_of_steps(SelfSpeculativeGenerator(model), request, 2)
+    for max_new_tokens, num_drafted in ((1, 0), (2, 1), (3, 2)):
+        request = make_request(make_prompts(), max_new_tokens=max_new_tokens, num_speculations=8)
+        _, work = work_of_steps(SelfSpeculativeStrategy(model), request, 2)
         assert work.head_tokens == num_drafted + num_drafted + 1
 
 
@@ -159,11 +161,11 @@ def test_identity_layers_accept_everything(exit_layer: int, make_model: Callable
         for layer in model.model.layers[exit_layer:]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    expected = decode(AutoregressiveGenerator(model), make_request(make_prompts()))
-    assert decode(EarlyExitGenerator(model), make_request(make_prompts(), exit_layer=exit_layer)) == expected
+    expected = decode(AutoregressiveStrategy(model), make_request(make_prompts()))
+    assert decode(EarlyExitStrategy(model), make_request(make_prompts(), exit_layer=exit_layer)) == expected
     for num_speculations in (1, 3, 4, 8, 40):
         request = make_request(make_prompts(), exit_layer=exit_layer, num_speculations=num_speculations)
-        _, *steps = SelfSpeculativeGenerator(model).steps(request)
+        _, *steps = SelfSpeculativeStrategy(model).steps(request)
         assert len(steps) == -(-15 // (num_speculations + 1))
         for row in range(len(LENGTHS)):
             rows = [step.rows[row] for step in steps]
@@ -172,9 +174,9 @@ def test_identity_layers_accept_everything(exit_layer: int, make_model: Callable
 
 
 def test_early_exit_at_the_last_layer_is_autoregressive(model: LlamaForCausalLM) -> None:
-    expected = decode(AutoregressiveGenerator(model), make_request(make_prompts()))
-    assert decode(EarlyExitGenerator(model), make_request(make_prompts(), exit_layer=NUM_LAYERS)) == expected
-    assert decode(EarlyExitGenerator(model), make_request(make_prompts(), exit_layer=3)) != expected
+    expected = decode(AutoregressiveStrategy(model), make_request(make_prompts()))
+    assert decode(EarlyExitStrategy(model), make_request(make_prompts(), exit_layer=NUM_LAYERS)) == expected
+    assert decode(EarlyExitStrategy(model), make_request(make_prompts(), exit_layer=3)) != expected
 
 
 # The cache
@@ -183,16 +185,16 @@ def test_early_exit_at_the_last_layer_is_autoregressive(model: LlamaForCausalLM)
 @pytest.mark.parametrize("num_speculations", [1, 8])
 def test_cache_bytes(num_speculations: int, model: LlamaForCausalLM, decodings: list[Decoding]) -> None:
     """Drafting and verification share one cache: no more than autoregressive decoding's, up to a bucket."""
-    for max_steps in (15, 150):
+    for max_new_tokens in (15, 150):
         decodings.clear()
-        request = make_request(make_prompts(), max_steps=max_steps, num_speculations=num_speculations)
-        for strategy in (AutoregressiveGenerator, SelfSpeculativeGenerator):
+        request = make_request(make_prompts(), max_new_tokens=max_new_tokens, num_speculations=num_speculations)
+        for strategy in (AutoregressiveStrategy, SelfSpeculativeStrategy):
             next(strategy(model).steps(request))
         autoregressive, self_speculative = (decoding.state.cache.num_bytes for decoding in decodings)
         config = model.config
         bytes_per_position = 2 * 8 * NUM_LAYERS * config.num_key_value_heads * config.head_dim * len(LENGTHS)
         assert self_speculative <= 1.02 * autoregressive + BUCKET * bytes_per_position
-        assert autoregressive < (60 + max_steps + 1 + BUCKET) * bytes_per_position
+        assert autoregressive < (60 + max_new_tokens + 1 + BUCKET) * bytes_per_position
 
 
 def poison(decoding: Decoding) -> None:
@@ -207,7 +209,7 @@ def poison(decoding: Decoding) -> None:
             buffer[stale_BHC] = 1e4
 
 
-@pytest.mark.parametrize("strategy", [AutoregressiveGenerator, EarlyExitGenerator, SelfSpeculativeGenerator])
+@pytest.mark.parametrize("strategy", [AutoregressiveStrategy, EarlyExitStrategy, SelfSpeculativeStrategy])
 def test_stale_entries_are_invisible(
     strategy: type[GenerationStrategy], model: LlamaForCausalLM, decodings: list[Decoding]
 ) -> None:
@@ -224,15 +226,15 @@ def test_stale_entries_are_invisible(
             poison(decoding)
     assert steps == expected
     rejected = [row.is_rejected for step in steps for row in step.rows]
-    assert any(rejected) == (strategy is SelfSpeculativeGenerator)
+    assert any(rejected) == (strategy is SelfSpeculativeStrategy)
 
 
 # The stream of steps
 
 
-@pytest.mark.parametrize("strategy", [AutoregressiveGenerator, SelfSpeculativeGenerator])
+@pytest.mark.parametrize("strategy", [AutoregressiveStrategy, SelfSpeculativeStrategy])
 def test_a_consumer_may_stop_and_start_again(strategy: type[GenerationStrategy], model: LlamaForCausalLM) -> None:
-    request, other = make_request(make_prompts()), make_request(make_prompts()[::-1], max_steps=9)
+    request, other = make_request(make_prompts()), make_request(make_prompts()[::-1], max_new_tokens=9)
     expected, expected_other = list(strategy(model).steps(request)), list(strategy(model).steps(other))
     one_strategy = strategy(model)
     stream = one_strategy.steps(request)

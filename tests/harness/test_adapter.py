@@ -28,7 +28,7 @@ def make_lm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Make
     """A function that puts the tiny model behind lm-eval's interface."""
 
     def make(batch_size: int = 3, **config: Any) -> LayerSkipLM:
-        generation = GenerationConfig(**{"max_steps": 24} | config)
+        generation = GenerationConfig(**{"max_new_tokens": 24} | config)
         return LayerSkipLM(model, copy.deepcopy(tokenizer), generation, batch_size=batch_size)
 
     return make

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -32,7 +32,7 @@ from self_speculation.measuring.prediction import (
     predict,
     profile,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 LAYERS = 6
 PROMPTS = ["def add(a, b):", "for i in", "class Näme"]
@@ -55,7 +55,7 @@ def damped(model: LlamaForCausalLM, factor: float) -> LlamaForCausalLM:
 
 
 def greedy(**fields: object) -> GenerationConfig:
-    return GenerationConfig(**{"max_steps": NUM_STEPS, "sample": False} | fields)
+    return GenerationConfig(**{"max_new_tokens": NUM_STEPS, "sample": False} | fields)
 
 
 Generator = Callable[[type[GenerationStrategy]], HuggingfaceLlamaGenerator]
@@ -170,16 +170,16 @@ def assert_counts_are_those_of_decoding(
 ) -> list[GenerationResult]:
     """Every cell's answers to all prompts, next to what the autoregressive answers' profiles say of them."""
     exit_layers = sorted({exit_layer for exit_layer, _ in cells})
-    profiles = [profile(generator(AutoregressiveGenerator), config, prompt, exit_layers) for prompt in PROMPTS]
+    profiles = [profile(generator(AutoregressiveStrategy), config, prompt, exit_layers) for prompt in PROMPTS]
     for exit_layer, drafts in cells:
         cell = GenerationConfig(**vars(config) | {"exit_layer": exit_layer, "num_speculations": drafts})
-        results = generator(SelfSpeculativeGenerator).generate(PROMPTS, cell)
+        results = generator(SelfSpeculativeStrategy).generate(PROMPTS, cell)
         for result, known in zip(results, profiles, strict=True):
             assert result.tokens == known.result.tokens
             counts = step_counts(known.chances_EN, drafts, known.limit)
             row = exit_layers.index(exit_layer)
             told = (counts.steps_E[row], counts.drafted_E[row], counts.accepted_E[row])
-            assert told == (len(result.steps), result.drafted, result.accepted), (exit_layer, drafts)
+            assert told == (len(result.steps), result.num_drafted, result.num_accepted), (exit_layer, drafts)
     return [known.result for known in profiles]
 
 
@@ -191,15 +191,15 @@ def test_greedy_counts_of_every_cell(generator: Generator) -> None:
 def test_the_model_of_these_tests_accepts_some_drafts_and_rejects_some(generator: Generator) -> None:
     for exit_layer in range(1, LAYERS):
         config = greedy(exit_layer=exit_layer, num_speculations=2)
-        results = generator(SelfSpeculativeGenerator).generate(PROMPTS, config)
-        rate = sum(result.accepted for result in results) / sum(result.drafted for result in results)
+        results = generator(SelfSpeculativeStrategy).generate(PROMPTS, config)
+        rate = sum(result.num_accepted for result in results) / sum(result.num_drafted for result in results)
         assert 0.2 < rate < 0.95
 
 
 def test_greedy_counts_of_answers_that_end_at_an_end_token(
     generator: Generator, agreeing_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = generator(AutoregressiveGenerator).generate(PROMPTS, greedy())
+    answers = generator(AutoregressiveStrategy).generate(PROMPTS, greedy())
     ends = [answer.tokens[index] for answer, index in zip(answers, (7, 9, 12), strict=True)]
     monkeypatch.setattr(agreeing_model.generation_config, "eos_token_id", ends)
     results = assert_counts_are_those_of_decoding(generator, greedy(), SOME_CELLS)
@@ -210,14 +210,14 @@ def test_greedy_counts_of_answers_that_end_at_an_end_token(
 @pytest.mark.parametrize("index", [0, 2, 5, 15])
 def test_greedy_counts_of_answers_that_end_at_a_stop_token(generator: Generator, index: int) -> None:
     """At any place in an accepted run or behind it; other prompts' answers may go on to the limit."""
-    [answer] = generator(AutoregressiveGenerator).generate(PROMPTS[:1], greedy())
+    [answer] = generator(AutoregressiveStrategy).generate(PROMPTS[:1], greedy())
     config = greedy(stop_token_ids=[answer.tokens[index]])
     results = assert_counts_are_those_of_decoding(generator, config, [(1, 3), (5, 2), (5, 5)])
     assert results[0].stop_reason == "stop_token"
 
 
 def test_greedy_counts_of_answers_that_end_at_a_stop_word(generator: Generator) -> None:
-    answers = generator(AutoregressiveGenerator).generate(PROMPTS, greedy())
+    answers = generator(AutoregressiveStrategy).generate(PROMPTS, greedy())
     config = greedy(stop_words=[answer.text[5:7] for answer in answers])
     results = assert_counts_are_those_of_decoding(generator, config, SOME_CELLS)
     assert {result.stop_reason for result in results} == {"stop_word"}
@@ -227,12 +227,12 @@ def test_greedy_counts_of_answers_that_fill_the_context(
     generator: Generator, agreeing_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agreeing_model.config, "max_position_embeddings", 20)
-    results = assert_counts_are_those_of_decoding(generator, greedy(max_steps=30), SOME_CELLS)
+    results = assert_counts_are_those_of_decoding(generator, greedy(max_new_tokens=30), SOME_CELLS)
     assert {result.stop_reason for result in results} == {"length"}
 
 
 def test_greedy_counts_with_a_logits_processor(generator: Generator) -> None:
-    plain = generator(AutoregressiveGenerator).generate(PROMPTS, greedy())
+    plain = generator(AutoregressiveStrategy).generate(PROMPTS, greedy())
     results = assert_counts_are_those_of_decoding(generator, greedy(no_repeat_ngram_size=1), SOME_CELLS)
     assert [result.tokens for result in results] != [result.tokens for result in plain]
 
@@ -251,9 +251,9 @@ def filtered(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
 def test_a_sampled_token_s_chance_is_the_overlap_of_draft_and_target(
     generator: Generator, agreeing_model: LlamaForCausalLM, temperature: float, top_p: float
 ) -> None:
-    config = GenerationConfig(max_steps=8, temperature=temperature, top_p=top_p)
-    known = profile(generator(AutoregressiveGenerator), config, PROMPTS[0], [1, 4, LAYERS])
-    prompt = generator(AutoregressiveGenerator).encode(PROMPTS[0])
+    config = GenerationConfig(max_new_tokens=8, temperature=temperature, top_p=top_p)
+    known = profile(generator(AutoregressiveStrategy), config, PROMPTS[0], [1, 4, LAYERS])
+    prompt = generator(AutoregressiveStrategy).encode(PROMPTS[0])
     with torch.inference_mode():
         tokens_1T = torch.tensor([prompt + known.result.tokens])
         states = agreeing_model(tokens_1T, output_hidden_states=True).hidden_states
@@ -276,30 +276,30 @@ def test_a_sampled_token_s_chance_is_the_overlap_of_draft_and_target(
 def test_a_profile_is_the_full_model_s_answer_and_how_each_exit_would_draft_it(
     generator: Generator, agreeing_model: LlamaForCausalLM
 ) -> None:
-    known = profile(generator(AutoregressiveGenerator), greedy(), PROMPTS[0], [2, LAYERS])
-    [answer] = generator(AutoregressiveGenerator).generate(PROMPTS[:1], greedy())
+    known = profile(generator(AutoregressiveStrategy), greedy(), PROMPTS[0], [2, LAYERS])
+    [answer] = generator(AutoregressiveStrategy).generate(PROMPTS[:1], greedy())
     assert known.result.tokens == answer.tokens
     assert known.limit == NUM_STEPS
     assert known.chances_EN.dtype == np.float64
     assert set(known.chances_EN[0]) == {0.0, 1.0}
     assert known.chances_EN[1].tolist() == [1.0] * NUM_STEPS
-    request = generator(AutoregressiveGenerator).request(PROMPTS[:1], greedy())
+    request = generator(AutoregressiveStrategy).request(PROMPTS[:1], greedy())
     again = acceptance_chances(agreeing_model, request, answer.tokens, [LAYERS, 2])
     assert again.tolist() == known.chances_EN[::-1].tolist()
 
 
-@pytest.mark.parametrize(("max_steps", "context", "limit"), [(5, 256, 5), (30, 20, None), (1, 256, 1)])
+@pytest.mark.parametrize(("max_new_tokens", "context", "limit"), [(5, 256, 5), (30, 20, None), (1, 256, 1)])
 def test_a_profile_s_limit_is_the_least_of_max_steps_and_context(
     generator: Generator,
     agreeing_model: LlamaForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
-    max_steps: int,
+    max_new_tokens: int,
     context: int,
     limit: int | None,
 ) -> None:
     monkeypatch.setattr(agreeing_model.config, "max_position_embeddings", context)
-    prompt = generator(AutoregressiveGenerator).encode(PROMPTS[0])
-    known = profile(generator(AutoregressiveGenerator), greedy(max_steps=max_steps), PROMPTS[0], [1])
+    prompt = generator(AutoregressiveStrategy).encode(PROMPTS[0])
+    known = profile(generator(AutoregressiveStrategy), greedy(max_new_tokens=max_new_tokens), PROMPTS[0], [1])
     assert known.limit == len(known.result.tokens) == (limit or context - len(prompt))
 
 
@@ -309,14 +309,14 @@ def test_a_profile_s_limit_is_the_least_of_max_steps_and_context(
 @pytest.fixture
 def request_of_passes(generator: Generator) -> object:
     """A prompt to time passes after."""
-    return generator(AutoregressiveGenerator).request(PROMPTS[:1], greedy())
+    return generator(AutoregressiveStrategy).request(PROMPTS[:1], greedy())
 
 
 def test_passes_are_timed_and_leave_no_trace(
     generator: Generator, agreeing_model: LlamaForCausalLM, request_of_passes: object
 ) -> None:
     def answers() -> list[list[int]]:
-        ways = (AutoregressiveGenerator, SelfSpeculativeGenerator)
+        ways = (AutoregressiveStrategy, SelfSpeculativeStrategy)
         config = greedy(exit_layer=3, num_speculations=4)
         return [result.tokens for way in ways for result in generator(way).generate(PROMPTS, config)]
 
@@ -354,7 +354,7 @@ def test_passes_of_a_ragged_batch_see_their_longest_row(
         see(self, length, is_prefill)
 
     monkeypatch.setattr(PositionAddressedCache, "see", noted)
-    request = generator(AutoregressiveGenerator).request([PROMPTS[1], PROMPTS[0] * 5, PROMPTS[2]], greedy())
+    request = generator(AutoregressiveStrategy).request([PROMPTS[1], PROMPTS[0] * 5, PROMPTS[2]], greedy())
     costs = measure_passes(agreeing_model, request, [(2, 3), (LAYERS, 0)], rounds=1)
     longest = len(request.prompts[1])
     assert seen == [longest - 1, longest + 3]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator, EarlyExitGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.rows import prefill
 from self_speculation.decoding.session import Decoding
 from self_speculation.decoding.stopping import StopRule
@@ -22,7 +22,7 @@ from self_speculation.generator_base import (
     GenerationStrategy,
     HuggingfaceLlamaGenerator,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator, speculative_step
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy, speculative_step
 
 MAX_STEPS = 14
 LENGTHS = (1, 2, 3, 17, 60, 64, 65, 70)
@@ -73,7 +73,7 @@ def decode(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[int]]]
     """A function that answers a batch with a strategy: token lists; fields of the configuration override."""
 
     def decode(strategy: GenerationStrategy, prompts: list[list[int]], **fields: object) -> list[list[int]]:
-        config = GenerationConfig(**{"max_steps": MAX_STEPS, "sample": False} | fields)
+        config = GenerationConfig(**{"max_new_tokens": MAX_STEPS, "sample": False} | fields)
         return [result.tokens for result in HuggingfaceLlamaGenerator(tokenizer, strategy).generate(prompts, config)]
 
     return decode
@@ -96,7 +96,7 @@ def expected(perturbed_model: LlamaForCausalLM) -> list[list[int]]:
 def test_autoregressive(
     perturbed_model: LlamaForCausalLM, expected: list[list[int]], decode: Callable[..., list[list[int]]]
 ) -> None:
-    prompts, strategy = make_prompts(LENGTHS), AutoregressiveGenerator(perturbed_model)
+    prompts, strategy = make_prompts(LENGTHS), AutoregressiveStrategy(perturbed_model)
     assert decode(strategy, prompts) == expected
     assert [decode(strategy, [prompt])[0] for prompt in prompts] == expected
 
@@ -110,7 +110,7 @@ def test_self_speculative(
     expected: list[list[int]],
     decode: Callable[..., list[list[int]]],
 ) -> None:
-    prompts, strategy = make_prompts(LENGTHS), SelfSpeculativeGenerator(perturbed_model)
+    prompts, strategy = make_prompts(LENGTHS), SelfSpeculativeStrategy(perturbed_model)
     fields = {"exit_layer": exit_layer, "num_speculations": num_speculations}
     assert decode(strategy, prompts, **fields) == expected
     row = (exit_layer + 3 * num_speculations) % len(prompts)
@@ -121,8 +121,8 @@ def test_the_sweep_accepts_and_rejects(
     perturbed_model: LlamaForCausalLM, expected: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The equality above would say little if drafts were always accepted, or never."""
-    generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeGenerator(perturbed_model))
-    config = GenerationConfig(max_steps=MAX_STEPS, sample=False, exit_layer=5, num_speculations=3)
+    generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(perturbed_model))
+    config = GenerationConfig(max_new_tokens=MAX_STEPS, sample=False, exit_layer=5, num_speculations=3)
     results = generator.generate(make_prompts(LENGTHS), config)
     assert {accepted for result in results for accepted in result.accepted_per_step} == {0, 1, 2, 3}
 
@@ -138,10 +138,10 @@ def test_model_variants(
     prompts = make_prompts(LENGTHS)[::2]
     answers = [generate(model, prompt) for prompt in prompts]
     assert answers != expected[::2], "the variant changes nothing"
-    assert decode(AutoregressiveGenerator(model), prompts) == answers
+    assert decode(AutoregressiveStrategy(model), prompts) == answers
     for exit_layer, num_speculations in ((1, 3), (3, 8), (5, 1)):
         fields = {"exit_layer": exit_layer, "num_speculations": num_speculations}
-        assert decode(SelfSpeculativeGenerator(model), prompts, **fields) == answers
+        assert decode(SelfSpeculativeStrategy(model), prompts, **fields) == answers
 
 
 # Sampling
@@ -150,10 +150,10 @@ def test_model_variants(
 @pytest.mark.parametrize(
     ("strategy", "fields"),
     [
-        (AutoregressiveGenerator, {}),
-        (EarlyExitGenerator, {"exit_layer": 3}),
-        (SelfSpeculativeGenerator, {"exit_layer": 3, "num_speculations": 1}),
-        (SelfSpeculativeGenerator, {"exit_layer": 5, "num_speculations": 4}),
+        (AutoregressiveStrategy, {}),
+        (EarlyExitStrategy, {"exit_layer": 3}),
+        (SelfSpeculativeStrategy, {"exit_layer": 3, "num_speculations": 1}),
+        (SelfSpeculativeStrategy, {"exit_layer": 5, "num_speculations": 4}),
     ],
 )
 def test_a_row_samples_the_same_alone_and_in_a_batch(
@@ -177,8 +177,8 @@ def test_sampling_without_drafts_is_autoregressive(
     model: LlamaForCausalLM, decode: Callable[..., list[list[int]]]
 ) -> None:
     prompts, fields = make_prompts(LENGTHS)[::2], {"sample": True, "temperature": 1.5}
-    self_speculative = decode(SelfSpeculativeGenerator(model), prompts, exit_layer=2, num_speculations=0, **fields)
-    assert self_speculative == decode(AutoregressiveGenerator(model), prompts, **fields)
+    self_speculative = decode(SelfSpeculativeStrategy(model), prompts, exit_layer=2, num_speculations=0, **fields)
+    assert self_speculative == decode(AutoregressiveStrategy(model), prompts, **fields)
 
 
 # Compiled
@@ -193,7 +193,7 @@ def first_steps(
     sample: bool,
 ) -> Iterator[GenerationStep]:
     """The first steps of self-speculative decoding; the drafts are not yet shortened by the limit."""
-    config = GenerationConfig(max_steps=NUM_STEPS * (NUM_SPECULATIONS + 1) + 1, sample=sample, temperature=1.5)
+    config = GenerationConfig(max_new_tokens=NUM_STEPS * (NUM_SPECULATIONS + 1) + 1, sample=sample, temperature=1.5)
     stop_rule = StopRule(frozenset(), frozenset(), (), lambda tokens: "")
     with torch.inference_mode():
         request = GenerationRequest(prompts, config, stop_rule, LogitsProcessorList())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
-from self_speculation.autoregressive_generator import AutoregressiveGenerator
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -26,22 +26,22 @@ from self_speculation.generator_base import (
 )
 from self_speculation.measuring.figures import Contestant
 from self_speculation.measuring.rivals import (
-    HuggingfaceEarlyExitGenerator,
-    HuggingfaceGenerator,
-    HuggingfaceStaticGenerator,
+    HuggingfaceEarlyExitStrategy,
+    HuggingfaceStaticStrategy,
+    HuggingfaceStrategy,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeGenerator
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 NUM_LAYERS = 6
 # Its first token, 0, is the tokenizer's first: what takes 0 for padding drafts from another prompt.
 PROMPT = [0, 5, 6, 7, 8, 9, 30, 40]
 CELLS = list(product((1, 3, NUM_LAYERS), (1, 4)))
-RIVALS = [(HuggingfaceGenerator, None, None), *((HuggingfaceEarlyExitGenerator, E, d) for E, d in CELLS)]
+RIVALS = [(HuggingfaceStrategy, None, None), *((HuggingfaceEarlyExitStrategy, E, d) for E, d in CELLS)]
 
 each_rival = pytest.mark.parametrize(
     ("rival", "exit_layer", "num_speculations"), RIVALS, ids=lambda value: str(getattr(value, "__name__", value))
 )
-each_kind = pytest.mark.parametrize("rival", [HuggingfaceGenerator, HuggingfaceEarlyExitGenerator])
+each_kind = pytest.mark.parametrize("rival", [HuggingfaceStrategy, HuggingfaceEarlyExitStrategy])
 
 
 def make_request(
@@ -51,7 +51,9 @@ def make_request(
     **fields: object,
 ) -> GenerationRequest:
     """A greedy request for one prompt; the model's own end token is 1. The text of an answer is its ids in brackets."""
-    config = GenerationConfig(**{"max_steps": 12, "sample": False, "exit_layer": 3, "num_speculations": 4} | fields)
+    config = GenerationConfig(
+        **{"max_new_tokens": 12, "sample": False, "exit_layer": 3, "num_speculations": 4} | fields
+    )
     rule = StopRule(
         frozenset({1, *end_ids}),
         frozenset(config.stop_token_ids or ()),
@@ -79,15 +81,15 @@ def until_end(row: RowStep, end_ids: tuple[int, ...]) -> RowStep:
 @pytest.fixture(scope="module")
 def answer(model: LlamaForCausalLM) -> list[int]:
     """Twelve tokens that nothing stops."""
-    return tokens_of(rows_of(AutoregressiveGenerator(model), make_request(PROMPT)))
+    return tokens_of(rows_of(AutoregressiveStrategy(model), make_request(PROMPT)))
 
 
 # The answer, 12 tokens of it without a stop → what stops it, and why it then ends.
 STOPS: dict[str, tuple[Callable[[list[int]], dict[str, Any]], StopReason]] = {
-    "no token": (lambda answer: {"max_steps": 0}, StopReason.MAX_STEPS),
-    "one token": (lambda answer: {"max_steps": 1}, StopReason.MAX_STEPS),
-    "two tokens": (lambda answer: {"max_steps": 2}, StopReason.MAX_STEPS),
-    "twelve tokens": (lambda answer: {"max_steps": 12}, StopReason.MAX_STEPS),
+    "no token": (lambda answer: {"max_new_tokens": 0}, StopReason.MAX_STEPS),
+    "one token": (lambda answer: {"max_new_tokens": 1}, StopReason.MAX_STEPS),
+    "two tokens": (lambda answer: {"max_new_tokens": 2}, StopReason.MAX_STEPS),
+    "twelve tokens": (lambda answer: {"max_new_tokens": 12}, StopReason.MAX_STEPS),
     "an end token": (lambda answer: {"end_ids": (answer[6],)}, StopReason.END_OF_SEQUENCE),
     "the first of several end tokens": (
         lambda answer: {"end_ids": (1, answer[7], answer[4])},
@@ -103,8 +105,8 @@ STOPS: dict[str, tuple[Callable[[list[int]], dict[str, Any]], StopReason]] = {
         StopReason.STOP_WORD,
     ),
     "a stop word at the last token": (lambda answer: {"stop_words": [f"><{answer[11]}>"]}, StopReason.STOP_WORD),
-    "context": (lambda answer: {"max_steps": 200, "prompt_length": 250}, StopReason.LENGTH),
-    "room for one token": (lambda answer: {"max_steps": 200, "prompt_length": 255}, StopReason.LENGTH),
+    "context": (lambda answer: {"max_new_tokens": 200, "prompt_length": 250}, StopReason.LENGTH),
+    "room for one token": (lambda answer: {"max_new_tokens": 200, "prompt_length": 255}, StopReason.LENGTH),
     "no bigram twice": (lambda answer: {"no_repeat_ngram_size": 2}, StopReason.MAX_STEPS),
     "no token twice": (lambda answer: {"no_repeat_ngram_size": 1}, StopReason.MAX_STEPS),
 }
@@ -126,16 +128,16 @@ def test_the_answer_is_ours_and_so_are_its_steps(
     length = fields.pop("prompt_length", len(PROMPT))
     prompt = (PROMPT * 40)[:length]
     request = make_request(prompt, exit_layer=exit_layer, num_speculations=num_speculations, **fields)
-    expected = rows_of(AutoregressiveGenerator(model), request)
+    expected = rows_of(AutoregressiveStrategy(model), request)
     found = rows_of(rival(model), request)
     assert tokens_of(found) == tokens_of(expected)
-    assert len(tokens_of(found)) <= min(request.config.max_steps, 256 - length)
+    assert len(tokens_of(found)) <= min(request.config.max_new_tokens, 256 - length)
     assert found[-1].stop_reason == expected[-1].stop_reason == reason
     assert not any(row.stop_reason for row in found[:-1])
     if exit_layer is None:
         assert found == expected
     else:
-        ours = rows_of(SelfSpeculativeGenerator(model), request)
+        ours = rows_of(SelfSpeculativeStrategy(model), request)
         end_ids = (*fields.get("end_ids", ()), *fields.get("stop_token_ids", ()))
         assert found == [until_end(row, end_ids) for row in ours]
 
@@ -146,8 +148,8 @@ def test_transformers_drafts_what_we_draft(
     exit_layer: int, num_speculations: int, prompt: list[int], model: LlamaForCausalLM
 ) -> None:
     """Every draft, real ids, accepted or not; whatever special tokens the prompt has."""
-    request = make_request(prompt, max_steps=10, exit_layer=exit_layer, num_speculations=num_speculations)
-    ours, found = (rows_of(kind(model), request) for kind in (SelfSpeculativeGenerator, HuggingfaceEarlyExitGenerator))
+    request = make_request(prompt, max_new_tokens=10, exit_layer=exit_layer, num_speculations=num_speculations)
+    ours, found = (rows_of(kind(model), request) for kind in (SelfSpeculativeStrategy, HuggingfaceEarlyExitStrategy))
     assert found == [until_end(row, ()) for row in ours]
     assert len(found) > 10 / (num_speculations + 1)
     assert all(len(row.drafted) <= num_speculations for row in found)
@@ -157,17 +159,17 @@ def test_transformers_drafts_what_we_draft(
 
 def test_a_draft_ends_at_an_end_token(model: LlamaForCausalLM, answer: list[int]) -> None:
     """The one way in which transformers' drafts are fewer than ours: nothing is lost, as nothing after it can count."""
-    ours = rows_of(SelfSpeculativeGenerator(model), make_request(PROMPT))
+    ours = rows_of(SelfSpeculativeStrategy(model), make_request(PROMPT))
     end = next(token for row in ours for token in row.drafted[:-1] if token not in answer)
     request = make_request(PROMPT, end_ids=(end,))
-    found = rows_of(HuggingfaceEarlyExitGenerator(model), request)
+    found = rows_of(HuggingfaceEarlyExitStrategy(model), request)
     assert found == [until_end(row, (end,)) for row in ours] != ours
 
 
 def test_no_drafts_are_asked_for(model: LlamaForCausalLM) -> None:
     request = make_request(PROMPT, num_speculations=0)
-    found = rows_of(HuggingfaceEarlyExitGenerator(model), request)
-    assert found == rows_of(AutoregressiveGenerator(model), request)
+    found = rows_of(HuggingfaceEarlyExitStrategy(model), request)
+    assert found == rows_of(AutoregressiveStrategy(model), request)
 
 
 # Batches
@@ -194,16 +196,16 @@ def test_a_padded_batch_has_the_answers_of_its_rows(name: str, model: LlamaForCa
     fields = STOPS[name][0](answer)
     prompts = [OTHER_PROMPTS[0], PROMPT, *OTHER_PROMPTS[1:]]
     request = batch_of(prompts, **fields)
-    found = by_row(HuggingfaceGenerator(model), request)
-    assert found == by_row(AutoregressiveGenerator(model), request)
-    alone = [by_row(HuggingfaceGenerator(model), replace(request, prompts=[prompt])) for prompt in prompts]
+    found = by_row(HuggingfaceStrategy(model), request)
+    assert found == by_row(AutoregressiveStrategy(model), request)
+    alone = [by_row(HuggingfaceStrategy(model), replace(request, prompts=[prompt])) for prompt in prompts]
     assert found == [row for [row] in alone]
 
 
 def test_a_row_of_a_batch_ends_with_the_context(model: LlamaForCausalLM) -> None:
-    request = batch_of([(PROMPT * 40)[:250], PROMPT], max_steps=12)
-    found = by_row(HuggingfaceGenerator(model), request)
-    assert found == by_row(AutoregressiveGenerator(model), request)
+    request = batch_of([(PROMPT * 40)[:250], PROMPT], max_new_tokens=12)
+    found = by_row(HuggingfaceStrategy(model), request)
+    assert found == by_row(AutoregressiveStrategy(model), request)
     assert [len(tokens_of(row)) for row in found] == [6, 12]
     assert [row[-1].stop_reason for row in found] == [StopReason.LENGTH, StopReason.MAX_STEPS]
 
@@ -212,7 +214,7 @@ def test_a_row_of_a_batch_ends_with_the_context(model: LlamaForCausalLM) -> None
 def test_processors_do_not_see_padding(has_own: bool, model: LlamaForCausalLM) -> None:
     given = {"processors": (Clock(),)} if has_own else {"no_repeat_ngram_size": 2}
     with pytest.raises(ValueError, match="need --batch_size 1"):
-        by_row(HuggingfaceGenerator(model), batch_of([PROMPT, PROMPT], **given))
+        by_row(HuggingfaceStrategy(model), batch_of([PROMPT, PROMPT], **given))
 
 
 # Compiled
@@ -247,11 +249,11 @@ def state_of(model: LlamaForCausalLM) -> dict[str, object]:
 def test_a_static_cache_s_step_is_compiled_once(small_model: LlamaForCausalLM) -> None:
     """For the longest prompt; shorter ones, stops and processors take the same step, and the model keeps nothing."""
     graphs, own = [], state_of(small_model)
-    static = HuggingfaceStaticGenerator(small_model, noting(graphs))
+    static = HuggingfaceStaticStrategy(small_model, noting(graphs))
     requests = [make_request(PROMPT), make_request(PROMPT[:3]), make_request(PROMPT, no_repeat_ngram_size=2)]
-    plain = HuggingfaceGenerator(small_model)
+    plain = HuggingfaceStrategy(small_model)
     requests.append(make_request([5], stop_token_ids=[tokens_of(rows_of(plain, make_request([5])))[4]]))
-    requests.append(make_request(PROMPT, max_steps=1))
+    requests.append(make_request(PROMPT, max_new_tokens=1))
     for request in requests:
         assert rows_of(static, request) == rows_of(plain, request)
         assert state_of(small_model) == own
@@ -260,12 +262,12 @@ def test_a_static_cache_s_step_is_compiled_once(small_model: LlamaForCausalLM) -
 
 def test_an_interrupted_static_cache_leaves_the_model_as_it_was(small_model: LlamaForCausalLM) -> None:
     graphs, own = [], state_of(small_model)
-    static = HuggingfaceStaticGenerator(small_model, noting(graphs))
+    static = HuggingfaceStaticStrategy(small_model, noting(graphs))
     request = make_request(PROMPT)
     with pytest.raises(KeyboardInterrupt):
         rows_of(static, replace(request, logits_processors=LogitsProcessorList([Interruption(small_model)])))
     assert state_of(small_model) == own
-    assert rows_of(static, request) == rows_of(AutoregressiveGenerator(small_model), request)
+    assert rows_of(static, request) == rows_of(AutoregressiveStrategy(small_model), request)
     assert len(graphs) == 1
 
 
@@ -274,15 +276,17 @@ def test_what_is_compiled_is_compiled_in_the_warm_up(
 ) -> None:
     """And looking at the memory compiles nothing."""
     graphs: list[GraphModule] = []
-    generator = HuggingfaceLlamaGenerator(tokenizer, HuggingfaceStaticGenerator(small_model, noting(graphs)))
-    contestant = Contestant(generator, GenerationConfig(max_steps=40, sample=False, generation_strategy="hf_static"))
+    generator = HuggingfaceLlamaGenerator(tokenizer, HuggingfaceStaticStrategy(small_model, noting(graphs)))
+    contestant = Contestant(
+        generator, GenerationConfig(max_new_tokens=40, sample=False, generation_strategy="hf_static")
+    )
     prompts = [PROMPT, *OTHER_PROMPTS]
     contestant.warm_up([max(prompts, key=len)] * len(prompts))
     assert len(graphs) == 1
     contestant.peak_bytes(prompts)
     answers = contestant.run(prompts)
     assert len(graphs) == 1
-    ours = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveGenerator(small_model))
+    ours = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(small_model))
     expected = ours.generate(prompts, contestant.config)
     assert [answer.tokens for answer in answers] == [result.tokens for result in expected]
 
@@ -293,7 +297,7 @@ def test_where_torch_cannot_compile_a_sentence_says_so(small_model: LlamaForCaus
 
     own = state_of(small_model)
     with pytest.raises(ValueError, match=r"hf_static: torch\.compile does not work here \(.*there is no compiler"):
-        rows_of(HuggingfaceStaticGenerator(small_model, no_compiler), make_request(PROMPT))
+        rows_of(HuggingfaceStaticStrategy(small_model, no_compiler), make_request(PROMPT))
     assert state_of(small_model) == own
 
 
@@ -302,11 +306,11 @@ def test_a_static_cache_compiled_by_inductor(make_model: Callable[..., LlamaForC
     """Alone and in ragged batches of two sizes, the same answers in float64."""
     torch.compiler.reset()
     model = make_model(num_hidden_layers=2)
-    static = HuggingfaceStaticGenerator(model)
+    static = HuggingfaceStaticStrategy(model)
     prompts = [PROMPT, *OTHER_PROMPTS]
     for batch in (prompts, *([prompt] for prompt in prompts), prompts[::-1]):
-        found = by_row(static, batch_of(batch, max_steps=24))
-        assert found == by_row(HuggingfaceGenerator(model), batch_of(batch, max_steps=24))
+        found = by_row(static, batch_of(batch, max_new_tokens=24))
+        assert found == by_row(HuggingfaceStrategy(model), batch_of(batch, max_new_tokens=24))
         assert [len(tokens_of(row)) for row in found] == [24] * len(batch)
     torch.compiler.reset()
 
@@ -339,7 +343,7 @@ class Clock(LogitsProcessor):
 def test_a_slow_token_s_seconds_are_its_own(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("self_speculation.measuring.rivals.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    steps = list(HuggingfaceGenerator(model).steps(make_request(PROMPT, processors=(clock,), max_steps=8)))
+    steps = list(HuggingfaceStrategy(model).steps(make_request(PROMPT, processors=(clock,), max_new_tokens=8)))
     assert [step.seconds for step in steps] == [0, 1, 1, 1, 100, 1, 1, 1, 1]
 
 
@@ -347,7 +351,7 @@ def test_a_slow_token_s_seconds_are_its_own(model: LlamaForCausalLM, monkeypatch
 def test_a_result_s_times(
     rival: type[GenerationStrategy], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    config = GenerationConfig(max_steps=6, sample=False, exit_layer=2, num_speculations=2)
+    config = GenerationConfig(max_new_tokens=6, sample=False, exit_layer=2, num_speculations=2)
     [result] = HuggingfaceLlamaGenerator(tokenizer, rival(model)).generate([PROMPT], config)
     assert result.prefill_seconds == 0
     assert min(result.first_token_seconds, result.decode_seconds) > 0
@@ -383,12 +387,12 @@ def test_the_model_is_left_as_it_was(
     model = make_model()
     own, values, config = model.generation_config, copy.deepcopy(model.generation_config), model.config.to_dict()
     random_state = torch.get_rng_state()
-    request = make_request(PROMPT, sample=True, max_steps=5)
+    request = make_request(PROMPT, sample=True, max_new_tokens=5)
     if is_interrupted:
         interruption = Interruption(model)
         with pytest.raises(KeyboardInterrupt):
             rows_of(rival(model), replace(request, logits_processors=LogitsProcessorList([interruption])))
-        assert interruption.num_layers == (3 if rival is HuggingfaceEarlyExitGenerator else NUM_LAYERS)
+        assert interruption.num_layers == (3 if rival is HuggingfaceEarlyExitStrategy else NUM_LAYERS)
     else:
         rows_of(rival(model), request)
     assert model.generation_config is own
@@ -397,7 +401,7 @@ def test_the_model_is_left_as_it_was(
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random_state)
     greedy = make_request(PROMPT)
-    assert tokens_of(rows_of(rival(model), greedy)) == tokens_of(rows_of(AutoregressiveGenerator(model), greedy))
+    assert tokens_of(rows_of(rival(model), greedy)) == tokens_of(rows_of(AutoregressiveStrategy(model), greedy))
 
 
 # Sampling
@@ -437,7 +441,7 @@ def test_transformers_samples_as_told(
     calls: list[dict[str, Any]] = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *args, **kwargs: calls.append(kwargs) or generate(*args, **kwargs))
-    rows_of(rival(model), make_request(PROMPT, max_steps=3, **fields))
+    rows_of(rival(model), make_request(PROMPT, max_new_tokens=3, **fields))
     names = ("do_sample", "temperature", "top_k", "top_p")
     assert {name: value for name, value in calls[0].items() if name in names} == expected
 
@@ -456,8 +460,8 @@ def test_sampling_from_one_token_is_greedy(
 
 
 def test_several_prompts_are_refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    generator = HuggingfaceLlamaGenerator(tokenizer, HuggingfaceEarlyExitGenerator(model))
-    config = GenerationConfig(max_steps=2, sample=False, exit_layer=2, num_speculations=2)
+    generator = HuggingfaceLlamaGenerator(tokenizer, HuggingfaceEarlyExitStrategy(model))
+    config = GenerationConfig(max_new_tokens=2, sample=False, exit_layer=2, num_speculations=2)
     with pytest.raises(ValueError, match="takes one prompt at a time, not 2"):
         generator.generate([PROMPT, PROMPT], config)
 
@@ -472,4 +476,4 @@ def test_several_prompts_are_refused(model: LlamaForCausalLM, tokenizer: PreTrai
 )
 def test_early_exit_needs_its_settings(fields: dict[str, object], flag: str, model: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match=flag):
-        rows_of(HuggingfaceEarlyExitGenerator(model), make_request(PROMPT, **fields))
+        rows_of(HuggingfaceEarlyExitStrategy(model), make_request(PROMPT, **fields))

@@ -359,13 +359,13 @@ def test_what_was_shortened_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prompts_leave_room_for_the_answer() -> None:
-    assert prompt_limit(DatasetArguments(), context=1024, max_steps=512) == PromptLimit(512, 1023)
-    assert prompt_limit(DatasetArguments(), context=256, max_steps=512) == PromptLimit(128, 255)
-    assert prompt_limit(DatasetArguments(), context=256, max_steps=256) == PromptLimit(128, 255)
-    assert prompt_limit(DatasetArguments(), context=256, max_steps=0) == PromptLimit(255, 255)
-    assert prompt_limit(DatasetArguments(max_prompt_tokens=7), context=256, max_steps=512) == exactly(7)
+    assert prompt_limit(DatasetArguments(), context=1024, max_new_tokens=512) == PromptLimit(512, 1023)
+    assert prompt_limit(DatasetArguments(), context=256, max_new_tokens=512) == PromptLimit(128, 255)
+    assert prompt_limit(DatasetArguments(), context=256, max_new_tokens=256) == PromptLimit(128, 255)
+    assert prompt_limit(DatasetArguments(), context=256, max_new_tokens=0) == PromptLimit(255, 255)
+    assert prompt_limit(DatasetArguments(max_prompt_tokens=7), context=256, max_new_tokens=512) == exactly(7)
     with pytest.raises(ValueError, match="--max_prompt_tokens must be less than the model's context of 256"):
-        prompt_limit(DatasetArguments(max_prompt_tokens=256), context=256, max_steps=1)
+        prompt_limit(DatasetArguments(max_prompt_tokens=256), context=256, max_new_tokens=1)
 
 
 # Mistakes.

@@ -122,7 +122,7 @@ def test_candidates_are_few_and_short_of_the_last_layer() -> None:
 def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [tokenizer("def add(")["input_ids"], tokenizer("class")["input_ids"]]
     try:
-        best = recommend(folder, prompts, max_steps=6, exit_layers=(2, 4, 6))
+        best = recommend(folder, prompts, max_new_tokens=6, exit_layers=(2, 4, 6))
         kept = json.loads((folder / "layerskip.json").read_text())
         assert kept == {"exit_layer": best.exit_layer, "num_speculations": best.num_speculations}
         assert best.exit_layer in (2, 4)
@@ -131,5 +131,5 @@ def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreT
         assert (advice.exit_layer, advice.num_speculations) == (best.exit_layer, best.num_speculations)
     finally:
         (folder / "layerskip.json").unlink(missing_ok=True)
-    assert recommend(folder, prompts, max_steps=6, exit_layers=(6,)) is None
+    assert recommend(folder, prompts, max_new_tokens=6, exit_layers=(6,)) is None
     assert not (folder / "layerskip.json").exists()

@@ -1,0 +1,59 @@
+"""What a user asks of generation."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from self_speculation.settings import Settings, setting
+
+
+@dataclass
+class GenerationConfig(Settings):
+    """What a user asks of generation."""
+
+    max_new_tokens: int = setting(512, help="Most new tokens.", at_least=0, flag="max_steps")
+    exit_layer: int | None = setting(
+        None, help="E: layers that draft (1 to L). Default: the checkpoint's recommendation.", at_least=1
+    )
+    num_speculations: int | None = setting(
+        None, help="d: tokens drafted a step. Default: the checkpoint's recommendation.", at_least=0
+    )
+    generation_strategy: str = setting(
+        "autoregressive",
+        help="autoregressive, early_exit or self_speculative; or transformers' own hf_generate, hf_static (its cache, "
+        "compiled) or hf_early_exit.",
+    )
+    sample: bool = setting(True, help="Sample; False takes the most probable token.")
+    temperature: float = setting(0.6, help="Divides the logits when sampling.")
+    top_k: int = setting(0, help="Sample from the k most probable tokens; 0: from all.", at_least=0)
+    top_p: float = setting(0.9, help="Sample from the smallest set of at least this probability.")
+    no_repeat_ngram_size: int | None = setting(None, help="No n-gram of this size occurs twice.", at_least=1)
+    stop_words: list[str] | None = setting(None, help="Strings that end the answer.")
+    stop_token_ids: list[int] | None = setting(None, help="Token ids that end the answer.")
+    prefill_chunk: int | None = setting(
+        None, help="Most prompt tokens read in one pass, to bound memory; all by default.", at_least=1
+    )
+    compile: Literal["none", "default", "max"] = setting(
+        "none",
+        help="Compile the decoding step: a minute at first, seconds from the cache on disk. max also tunes products "
+        "and, on CPUs, prepacks weights: that takes longer, and memory for packed copies.",
+    )
+    draft_vocab: int | None = setting(
+        None,
+        help="Draft with the N most frequent tokens only; verification knows all, so the output is the same.",
+        at_least=1,
+    )
+    seed: int = setting(42, help="Seed of every random draw.", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample and self.temperature <= 0:
+            raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
+        if "" in (self.stop_words or []):
+            raise ValueError("--stop_words must not be empty strings.")
+
+    def generation(self, **changes: Any) -> "GenerationConfig":
+        """A script's own config as generation knows it, with changes."""
+        values = {item.name: getattr(self, item.name) for item in fields(GenerationConfig)}
+        return GenerationConfig(**values | changes)

@@ -1,0 +1,63 @@
+"""What a strategy is asked, and the steps that it answers with."""
+
+from dataclasses import dataclass, field
+
+from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+from self_speculation.decoding.config import GenerationConfig
+from self_speculation.decoding.stopping import StopReason, StopRule
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A batch of prompts, as token ids, and how to go on from them."""
+
+    prompts: list[list[int]]
+    config: GenerationConfig
+    stop_rule: StopRule
+    logits_processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+
+    def all_processors(self) -> LogitsProcessorList:
+        """The config's logits processors, then the caller's."""
+        ngram_size = self.config.no_repeat_ngram_size
+        own = [NoRepeatNGramLogitsProcessor(ngram_size)] if ngram_size else []
+        return LogitsProcessorList([*own, *self.logits_processors])
+
+    def limits(self, context: int) -> list[int]:
+        """The most tokens of each row, prompt and answer together, in a model of this context."""
+        return [min(len(prompt) + self.config.max_new_tokens, context) for prompt in self.prompts]
+
+    def limit_reason(self, row: int, context: int) -> StopReason:
+        """Why a row that meets no stop ends: it has `max_new_tokens` new tokens, or fills the model's context."""
+        asked_for = len(self.prompts[row]) + self.config.max_new_tokens
+        return StopReason.LENGTH if asked_for > context else StopReason.MAX_STEPS
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One row's part of a step: what was drafted, how much of it was accepted, and the tokens it committed.
+
+    All three end at the row's stop. `tokens` are the accepted ones and, unless the stop was in front of it, one of
+    the full model's: *recovered* if a draft was rejected, *bonus* if none was.
+    """
+
+    drafted: list[int] = field(default_factory=list)
+    accepted: int = 0
+    tokens: list[int] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the last token is a recovered one."""
+        return self.accepted < min(len(self.drafted), len(self.tokens))
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """One draft and its verification, for every row; rows that have ended are empty. Prefill is a step of no tokens.
+
+    `seconds` is how long it took, from a strategy that knows better than who waits for the step.
+    """
+
+    rows: list[RowStep]
+    seconds: float | None = None

@@ -1,0 +1,62 @@
+"""Settings that a user gives, as dataclass fields: what each means, what it may be, and the flag that sets it.
+
+A field is made by `setting`; `Settings` checks every field's limits in one place, and names the flag in the sentence.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a setting may be, besides None; and the flag that sets it, where that is not the field's own name."""
+
+    at_least: float | None = None
+    flag: str | None = None
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    help: str,
+    at_least: float | None = None,
+    flag: str | None = None,
+    default_factory: Callable[[], Any] | Any = MISSING,
+) -> Any:
+    """A dataclass field with its help text and limits; `flag` names it on the command line."""
+    metadata = {"help": help, "limits": Limits(at_least, flag)}
+    if default_factory is not MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def limits_of(field: Field[Any]) -> Limits:
+    """The field's limits; none at all if it was not made by `setting`."""
+    return field.metadata.get("limits", Limits())
+
+
+def flag_of(field: Field[Any]) -> str:
+    """The field's name on the command line, and in files of results."""
+    return limits_of(field).flag or field.name
+
+
+@dataclass
+class Settings:
+    """A group of settings. A subclass that checks more calls `super().__post_init__()`.
+
+    Raises:
+        ValueError: a setting is out of its limits.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), limits_of(field).at_least
+            if value is not None and least is not None and not value >= least:
+                raise ValueError(f"--{flag_of(field)} must be at least {least}, not {value}.")
+
+
+def by_flag(*groups: Any) -> dict[str, Any]:
+    """All settings of some dataclasses by their flags' names, as files of results have them."""
+    return {flag_of(field): getattr(group, field.name) for group in groups for field in fields(group)}
