@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.prompts.sources import Examples, Sizes, Stream, TextArguments, Texts, read_source
 from self_speculation.training import packing as training_data
-from self_speculation.training.packing import PackedTexts, Packing, Responses, StreamedTexts, collate
+from self_speculation.training.packing import PackedTexts, Packing, StreamedTexts
+from self_speculation.training.responses import Responses, collate
+from self_speculation.training.tokenizer import train_tokenizer
 
 MakeModel = Callable[..., LlamaForCausalLM]
 TEXTS = [
@@ -69,7 +71,7 @@ def test_tokens_are_kept_for_other_runs(
     assert torch.equal(again.is_first, first.is_first[:2])
     for texts, block_size in ((TEXTS[1:], 8), (TEXTS, 9), ([TEXTS[0] + TEXTS[1], *TEXTS[2:]], 8)):
         PackedTexts(texts, tokenizer, block_size, packing=packing)
-    other = training_data.train_tokenizer(TEXTS, 290)
+    other = train_tokenizer(TEXTS, 290)
     PackedTexts(TEXTS, other, 8, packing=packing)
     assert len(list(packing.cache.iterdir())) == 5
     assert file in packing.cache.iterdir()

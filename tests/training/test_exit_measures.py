@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import EvalPrediction, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from self_speculation.loading import recommendation
+from self_speculation.measuring.exit_report import exit_table
 from self_speculation.measuring.recommendation import candidates, recommend
-from self_speculation.training.exit_measures import exit_metrics, exit_table, num_labels, scoring
-from self_speculation.training.packing import Responses, collate
-from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.exit_measures import exit_metrics, scoring
+from self_speculation.training.labels import num_labels
+from self_speculation.training.responses import Responses, collate
+from self_speculation.training.trainer import LayerSkipTrainer
 
 MakeModel = Callable[..., LlamaForCausalLM]
 PAIRS = [("def f(x):", " return x"), ("class", " Stack: pass"), ("for i in", " range(3):"), ("a", "b"), ("1 +", " 2")]

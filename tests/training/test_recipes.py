@@ -11,12 +11,13 @@ from transformers import TrainingArguments
 from self_speculation.commands import train
 from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.prompts.sources import TextArguments
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.models import TrainedModelArguments
 
 # The name that older versions of transformers know too.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing.:FutureWarning")
 
-GROUPS = (train.RunArguments, TextArguments, train.ModelArguments, LayerSkipArguments, TrainingArguments)
+GROUPS = (train.RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments, TrainingArguments)
 CPU = ["--bf16", "False", "--use_cpu", "True"]
 # p_max, e_scale, curriculum, R, S(t), batch per device, steps, learning rate; None where the paper says nothing.
 PAPER = {

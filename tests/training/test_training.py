@@ -25,11 +25,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.commands import train
 from self_speculation.decoding.draft_head import COUNTS_FILE
+from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
-from self_speculation.training.exit_measures import evaluate_exits
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
 from self_speculation.training.muon import MuonWithAdamW
-from self_speculation.training.packing import PackedTexts, StreamedTexts, train_tokenizer
-from self_speculation.training.trainer import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.packing import PackedTexts, StreamedTexts
+from self_speculation.training.tokenizer import train_tokenizer
+from self_speculation.training.trainer import LayerSkipTrainer
 
 MakeModel = Callable[..., LlamaForCausalLM]
 Blocks = list[dict[str, Tensor]]

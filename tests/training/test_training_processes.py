@@ -26,11 +26,15 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
 from self_speculation.training.early_exit_loss import EarlyExitLoss, ExitSchedule
 from self_speculation.training.exit_measures import scoring
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout
-from self_speculation.training.packing import PackedTexts, collate, train_tokenizer
-from self_speculation.training.trainer import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.packing import PackedTexts
+from self_speculation.training.responses import collate
+from self_speculation.training.tokenizer import train_tokenizer
+from self_speculation.training.trainer import LayerSkipTrainer
 
 LIMIT_SECONDS = 240
 # Of two layers, the first is never dropped.
