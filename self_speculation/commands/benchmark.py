@@ -262,11 +262,13 @@ class Ceiling:
         return f"{bandwidth}; {weights}, and there is {cache} in front of it: no ceiling, no share of it is given."
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
-    arguments, model_arguments, dataset, config, output = groups = parse(
-        BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, dataset, config, output = groups = parse(*GROUPS, description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
     # Ranks wait for the slowest, however long.

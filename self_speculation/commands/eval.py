@@ -148,11 +148,13 @@ def keep_caches_apart(arguments: EvalArguments, description: dict[str, Any], out
         arguments.use_cache = f"{arguments.use_cache}_{digest}"
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (EvalArguments, ModelArguments, EvalConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
-    arguments, model_arguments, config, output = parse(
-        EvalArguments, ModelArguments, EvalConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     output_dir = Path(output.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     is_first = int(os.environ.get("RANK", "0")) == 0

@@ -133,13 +133,15 @@ def save(result: GenerationResult, prompt: str, path: Path) -> None:
         file.write(json.dumps({"prompt": prompt, **asdict(result)}, ensure_ascii=False) + "\n")
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (GenerateArguments, ModelArguments, GenerationConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    arguments, model_arguments, config, output = parse(
-        GenerateArguments, ModelArguments, GenerationConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     log = Path(output.output_dir) / "generate.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)

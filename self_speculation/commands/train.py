@@ -215,16 +215,14 @@ def make_trainer(
     return trainer
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (RunArguments, TextArguments, ModelArguments, LayerSkipArguments, TrainingArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
-        RunArguments,
-        TextArguments,
-        ModelArguments,
-        LayerSkipArguments,
-        TrainingArguments,
-        args=with_recipe(RECIPES, sys.argv[1:]),
-        description=__doc__,
+        *GROUPS, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
     )
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
