@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from documents import Command, commands
+from documents import README, Command, commands
 
 from self_speculation.autoregressive_generator import EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
@@ -187,7 +187,7 @@ SCRIPTS = {
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(command, marks=[pytest.mark.slow] if re.search("--repeats|--mode both", str(command)) else [])
+        pytest.param(command, marks=[] if command.page == README else [pytest.mark.slow])
         for command in commands(*SCRIPTS)
     ],
     ids=str,
