@@ -20,13 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.compilation import Pass, compiled, compiling
+from self_speculation.decoding.cache import PositionAddressedCache
+from self_speculation.decoding.compilation import Function, compiled, compiling
 from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.early_exit import exit_logits, forward_exits
+from self_speculation.decoding.early_exit import exit_logits, forward_exits, token_device
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.rows import DecodingState, prefill
+from self_speculation.decoding.rows import Rows, prefill
 from self_speculation.decoding.sampling import probabilities, process_logits, warpers
-from self_speculation.decoding.session import Decoding
+from self_speculation.decoding.step import DraftGiven, EagerPasses, StepPlan, speculative_step
+from self_speculation.decoding.verification import verification_rule
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -35,7 +37,6 @@ from self_speculation.generator_base import (
     synchronize,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.self_speculation_generator import draft_token, verify
 
 # Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
 # many are not timed, for caches hold what other passes left.
@@ -127,12 +128,8 @@ def measure_passes(
 ) -> PassCosts:
     """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
     longest = max(num_speculations for _, num_speculations in cells)
-    decoding = Decoding(model, request, longest)
-    # What is timed again and again always starts from the same tokens.
-    decoding.state.active_B.zero_()
-    prefill(model, decoding.state, model.config.num_hidden_layers)
-    decoding.state.cache.see(max(map(len, request.prompts)) + longest)
-    passes = _passes(model, decoding.state, cells, request.config)
+    rows = _waiting_rows(model, request, longest)
+    passes = _passes(model, rows, cells, request)
     with compiling(model, request.config.compile):
         for run in passes.values():
             run()
@@ -154,23 +151,40 @@ def measure_passes(
     )
 
 
+def _waiting_rows(model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> Rows:
+    """The request's prompts, prefilled; they do not advance, so that what is timed starts from the same tokens."""
+    fuse(model)
+    num_layers, longest = model.config.num_hidden_layers, max(map(len, request.prompts)) + num_speculations
+    cache = PositionAddressedCache(num_layers, longest + 1, token_device(model))
+    rows = Rows.empty(cache, len(request.prompts), request.config.sample)
+    rows.begin(request.prompts, request.limits(model.config.max_position_embeddings), request.config.seed)
+    rows.active_B.zero_()
+    prefill(model, rows, num_layers)
+    cache.see(longest)
+    return rows
+
+
 def _passes(
-    model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]], config: GenerationConfig
+    model: LlamaForCausalLM, rows: Rows, cells: list[tuple[int, int]], request: GenerationRequest
 ) -> dict[tuple[int, ...], Callable[[], object]]:
-    """A token's draft under (E), verification under (E, d); compiled if decoding is."""
+    """A token's draft under (E), what follows the drafts under (E, d); compiled if decoding is."""
+    config, num_layers = request.config, model.config.num_hidden_layers
+    rule, processors = verification_rule(config), request.all_processors()
     draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
 
-    def prepared(function: Pass, *arguments: object) -> Callable[[], object]:
+    def prepared(function: Function, *arguments: object) -> Callable[[], object]:
         return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
 
-    passes: dict[tuple[int, ...], Callable[[], object]] = {}
+    timed: dict[tuple[int, ...], Callable[[], object]] = {}
     for exit_layer, num_speculations in cells:
-        indices = state.cache.positions_C[:num_speculations]
-        drafted = [draft_token(model, state, index, exit_layer, draft_head) for index in indices]
+        passes = EagerPasses(model, StepPlan(exit_layer, num_speculations, num_layers, draft_head), rule, processors)
+        ahead = torch.arange(num_speculations, device=rows.lengths_B.device).unbind()
+        drafted = [passes.draft(rows, place) for place in ahead]
         if num_speculations:
-            passes[exit_layer,] = prepared(draft_token, model, state, indices[0], exit_layer, draft_head)
-        passes[exit_layer, num_speculations] = prepared(verify, model, state, exit_layer, drafted)
-    return passes
+            timed[exit_layer,] = prepared(EagerPasses.draft, passes, rows, ahead[0])
+        given = DraftGiven(passes, drafted)
+        timed[exit_layer, num_speculations] = prepared(speculative_step, given, rows, num_speculations)
+    return timed
 
 
 def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:
