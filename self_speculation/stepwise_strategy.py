@@ -55,20 +55,19 @@ class StepwiseStrategy(GenerationStrategy):
     def begin(self, request: GenerationRequest) -> Session:
         """Prefill the prompts; the session goes on from there."""
         plan, context = self.plan(request.config), self.model.config.max_position_embeddings
-        step, rows = self._step(request, plan)
-        rows.begin(request.prompts, request.limits(context), request.config.seed)
-        prefill(self.model, rows, plan.num_layers, request.config.prefill_chunk)
-        return Session(request, rows, step, plan.num_speculations, context)
+        step = self._step(request, plan)
+        step.rows.begin(request.prompts, request.limits(context), request.config.seed)
+        prefill(self.model, step.rows, plan.num_layers, request.config.prefill_chunk)
+        return Session(request, step, plan.num_speculations, context)
 
     @torch.inference_mode()
-    def _step(self, request: GenerationRequest, plan: StepPlan) -> tuple[Step, Rows]:
-        """How a step is run, and the rows for it. Logits processors are Python, row by row, and not compiled."""
+    def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
+        """The step over rows for the request. Logits processors are Python, row by row, and not compiled."""
         fuse(self.model)
         passes = EagerPasses(self.model, plan, verification_rule(request.config), request.all_processors())
         if request.config.compile != "none" and not passes.processors:
-            compiled = self.compiled_steps.get(request, passes)
-            return compiled, compiled.rows
+            return self.compiled_steps.get(request, passes)
         longest = max(request.limits(self.model.config.max_position_embeddings))
         capacity = longest + plan.num_speculations + 1
         cache = PositionAddressedCache(self.model.config.num_hidden_layers, capacity, token_device(self.model))
-        return EagerStep(passes), Rows.empty(cache, len(request.prompts), request.config.sample)
+        return EagerStep(passes, Rows.empty(cache, len(request.prompts), request.config.sample))

@@ -48,16 +48,16 @@ class CompiledStep:
         # As tensors, so that one graph drafts every token.
         self.ahead = torch.arange(passes.plan.num_speculations, device=rows.lengths_B.device).unbind()
         self.graphs: dict[tuple[int, Function], Function] = {}
-        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, StepOutcome]] = {}
+        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepOutcome]] = {}
         self.warm: set[int] = set()
 
-    def __call__(self, rows: Rows, num_speculations: int) -> StepOutcome:
-        """Run the step on its own rows, with its own d."""
-        if self.is_captured:
-            graph, outcome = self.captured[rows.cache.visible]
-            graph.replay()
-            return outcome
-        return self._run()
+    def __call__(self, num_speculations: int) -> StepOutcome:
+        """Draft d tokens, verify, commit; the step was compiled for this d."""
+        if not self.is_captured:
+            return self._run(num_speculations)
+        graph, outcome = self.captured[self.rows.cache.visible, num_speculations]
+        graph.replay()
+        return outcome
 
     def warm_up(self, length: int) -> None:
         """Compile, and capture, what decoding up to `length` positions needs; the rows are overwritten."""
@@ -83,23 +83,24 @@ class CompiledStep:
     def _warm_up_bucket(self, visible: int) -> None:
         """Run on prompts of two zeros, whose prefill allocates the cache."""
         num_rows, model = len(self.rows.lengths_B), self.passes.model
+        num_speculations = self.passes.plan.num_speculations
         with compiling(model, self.mode):
             for _ in range(WARM_UP_RUNS):
                 self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
-                prefill(model, self.rows, model.config.num_hidden_layers)
+                prefill(model, self.rows, self.passes.plan.num_layers)
                 self.rows.cache.see(visible)
                 if not self.is_captured:
                     torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
-                self._run()
+                self._run(num_speculations)
         if self.is_captured:
-            self.captured[visible] = self._capture()
+            self.captured[visible, num_speculations] = self._capture(num_speculations)
         self.warm.add(visible)
 
-    def _run(self) -> StepOutcome:
-        """The step, a graph for each draft and one from there on."""
+    def _run(self, num_speculations: int) -> StepOutcome:
+        """The step, by one graph for each draft and one from there on."""
         draft, rest = self._graph(EagerPasses.draft), self._graph(speculative_step)
-        drafted = [draft(self.passes, self.rows, ahead) for ahead in self.ahead]
-        return rest(DraftGiven(self.passes, drafted), self.rows, len(drafted))
+        drafted = [draft(self.passes, self.rows, ahead) for ahead in self.ahead[:num_speculations]]
+        return rest(DraftGiven(self.passes, drafted), self.rows, num_speculations)
 
     def _graph(self, function: Function) -> Function:
         """The function's graph for what is visible now."""
@@ -108,12 +109,12 @@ class CompiledStep:
             self.graphs[key] = compiled(function, self.mode, self.backend)
         return self.graphs[key]
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, StepOutcome]:
+    def _capture(self, num_speculations: int) -> tuple[torch.cuda.CUDAGraph, StepOutcome]:
         """The whole step as one CUDA graph over the rows' tensors, and where it puts its outcome."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outcome = self._run()
+            outcome = self._run(num_speculations)
         return graph, outcome
 
 

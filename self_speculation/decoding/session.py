@@ -4,6 +4,7 @@ The host sees counts and tokens once a step, cuts answers at their stops, and sa
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,27 +15,31 @@ from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome,
 
 
 class Step(Protocol):
-    """A step over rows, however it is run; a fixed one knows its batch size and draft length for good."""
+    """A step over its rows, however it is run. A fixed one takes neither fewer rows nor shorter drafts."""
+
+    @property
+    def rows(self) -> Rows:
+        """What it reads, and goes on with."""
 
     @property
     def is_fixed(self) -> bool:
-        """Whether rows must all stay, and drafts must not be shorter."""
+        """Whether it was made for one number of rows and one draft length."""
 
-    def __call__(self, rows: Rows, num_speculations: int) -> StepOutcome:
-        """Draft, verify, commit."""
+    def __call__(self, num_speculations: int) -> StepOutcome:
+        """Draft d tokens, verify, commit."""
 
 
+@dataclass(frozen=True)
 class EagerStep:
     """The step as it is written."""
 
-    is_fixed = False
+    passes: EagerPasses
+    rows: Rows
+    is_fixed: bool = False
 
-    def __init__(self, passes: EagerPasses) -> None:
-        self.passes = passes
-
-    def __call__(self, rows: Rows, num_speculations: int) -> StepOutcome:
-        """Draft, verify, commit."""
-        return speculative_step(self.passes, rows, num_speculations)
+    def __call__(self, num_speculations: int) -> StepOutcome:
+        """Draft d tokens, verify, commit."""
+        return speculative_step(self.passes, self.rows, num_speculations)
 
 
 class Session:
@@ -44,9 +49,8 @@ class Session:
     step is fixed. `context` is the model's.
     """
 
-    def __init__(self, request: GenerationRequest, rows: Rows, step: Step, num_speculations: int, context: int) -> None:
+    def __init__(self, request: GenerationRequest, step: Step, num_speculations: int, context: int) -> None:
         self.request = request
-        self.rows = rows
         self.step = step
         self.num_speculations = num_speculations
         self.context = context
@@ -62,8 +66,12 @@ class Session:
         yield self._prefilled()
         while not all(self.ended):
             num_speculations = self._draft_length()
-            self.rows.cache.see(max(map(self._length, self.prompt_of_row)) + num_speculations)
-            yield self._record(self.step(self.rows, num_speculations))
+            self.look_ahead(num_speculations)
+            yield self._record(self.step(num_speculations))
+
+    def look_ahead(self, num_speculations: int) -> None:
+        """Let the next step see the rows' tokens and d drafted ones."""
+        self.step.rows.cache.see(max(map(self._length, self.prompt_of_row)) + num_speculations)
 
     def _prefilled(self) -> GenerationStep:
         """Rows that may not generate at all end with the prefill."""
@@ -106,9 +114,9 @@ class Session:
         """Rows that have ended do not advance; when they are half of the batch, the batch is made smaller."""
         active = [row for row, prompt in enumerate(self.prompt_of_row) if not self.ended[prompt]]
         if not self.step.is_fixed and active and 2 * len(active) <= len(self.prompt_of_row):
-            self.rows.keep(active)
+            self.step.rows.keep(active)
             self.prompt_of_row = [self.prompt_of_row[row] for row in active]
-        self.rows.active_B.copy_(torch.tensor([not self.ended[prompt] for prompt in self.prompt_of_row]))
+        self.step.rows.active_B.copy_(torch.tensor([not self.ended[prompt] for prompt in self.prompt_of_row]))
 
     def _length(self, prompt: int) -> int:
         return len(self.request.prompts[prompt]) + len(self.generated[prompt])

@@ -124,7 +124,7 @@ def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM) ->
     mine, others = [1] * exit_layer, [0] * (NUM_LAYERS - exit_layer)
     assert prefill == Work([59 * one for one in mine] + others, mine + others, 0)
     assert steps == [Work(mine + others, mine + others, 1)] * 2
-    keys = EarlyExitStrategy(model).begin(request).rows.cache.keys
+    keys = EarlyExitStrategy(model).begin(request).step.rows.cache.keys
     assert [one is not None for one in keys] == [bool(one) for one in mine + others]
 
 
@@ -174,7 +174,7 @@ def test_cache_bytes(num_speculations: int, model: LlamaForCausalLM) -> None:
     for max_new_tokens in (15, 150):
         request = make_request(make_prompts(), max_new_tokens=max_new_tokens, num_speculations=num_speculations)
         strategies = (AutoregressiveStrategy(model), SelfSpeculativeStrategy(model))
-        autoregressive, self_speculative = (one.begin(request).rows.cache.num_bytes for one in strategies)
+        autoregressive, self_speculative = (one.begin(request).step.rows.cache.num_bytes for one in strategies)
         config = model.config
         bytes_per_position = 2 * 8 * NUM_LAYERS * config.num_key_value_heads * config.head_dim * len(LENGTHS)
         assert self_speculative <= 1.02 * autoregressive + BUCKET * bytes_per_position
@@ -202,9 +202,9 @@ def test_stale_entries_are_invisible(strategy: type[StepwiseStrategy], model: Ll
     for step in session.steps():
         steps.append(step)
         lengths = [len(request.prompts[row]) + len(session.generated[row]) for row in session.prompt_of_row]
-        assert session.rows.lengths_B.tolist() == lengths, "rows that have ended must not go on"
+        assert session.step.rows.lengths_B.tolist() == lengths, "rows that have ended must not go on"
         with torch.inference_mode():
-            poison(session.rows)
+            poison(session.step.rows)
     assert steps == expected
     rejected = [row.is_rejected for step in steps for row in step.rows]
     assert any(rejected) == (strategy is SelfSpeculativeStrategy)

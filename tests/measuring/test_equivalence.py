@@ -202,7 +202,7 @@ def first_steps(
     stop_rule = StopRule(frozenset(), frozenset(), (), lambda tokens: "")
     with torch.inference_mode():
         request = GenerationRequest(prompts, config, stop_rule)
-        rows = SelfSpeculativeStrategy(model).begin(request).rows
+        rows = SelfSpeculativeStrategy(model).begin(request).step.rows
         plan = StepPlan(1, NUM_SPECULATIONS, model.config.num_hidden_layers)
         passes = EagerPasses(model, plan, verification_rule(config), LogitsProcessorList())
         for _ in range(NUM_STEPS):
