@@ -42,13 +42,14 @@ from benchmarks.small_models import (
     markdown,
 )
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
 from self_speculation.settings import by_flag
-from self_speculation.training.exit_measures import evaluate_exits
-from self_speculation.training.packing import PackedTexts, Packing, train_tokenizer
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.packing import PackedTexts, Packing
+from self_speculation.training.tokenizer import train_tokenizer
 
 # Tests, and tables of characters and of help texts, which are not what programs look like.
 LEFT_OUT = ["site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"]

@@ -25,7 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.figures import Contestant, Round, interleaved, speedup, totals
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.trainer import LayerSkipTrainer
 
 HEAD_WIDTH = 32
 CONTEXT = 1024

@@ -35,7 +35,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.loading import DTYPES, RECOMMENDATION_FILE, choose_device
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
-from self_speculation.training.packing import train_tokenizer
+from self_speculation.training.tokenizer import train_tokenizer
 
 CONTEXT = 4096
 PROMPT_TOKENS = 32

@@ -43,9 +43,9 @@ from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.sources import DatasetArguments, Example, read_examples, read_json_lines, text_field
 from self_speculation.settings import by_flag
-from self_speculation.training.early_exit_loss import IGNORED_LABEL
-from self_speculation.training.packing import train_tokenizer
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.labels import IGNORED_LABEL
+from self_speculation.training.tokenizer import train_tokenizer
 
 # The 1.5B model of the paper's section 6, finetuned on TOPv2: exact match, acceptance and speed-up, at 18, 12 and 6
 # of 24 layers.

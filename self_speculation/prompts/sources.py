@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from self_speculation.training.packing import PackedTexts, Packing, Responses, StreamedTexts
+from self_speculation.training.packing import PackedTexts, Packing, StreamedTexts
+from self_speculation.training.responses import Responses
 
 # Texts of a stream that the next one is drawn from.
 SHUFFLE_BUFFER = 10_000
