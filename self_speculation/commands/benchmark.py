@@ -42,7 +42,7 @@ from self_speculation.measuring.figures import (
     speedup,
     totals,
 )
-from self_speculation.measuring.prediction import measure_passes
+from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import last_level_cache_bytes, memory_bandwidth, surroundings
 from self_speculation.prompts.sources import DatasetArguments, Example, fit, prompt_limit, read_examples

@@ -25,7 +25,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.loading import make_strategy
-from self_speculation.measuring.prediction import PassCosts
+from self_speculation.measuring.passes import PassCosts
 from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
 from self_speculation.measuring.surroundings import live_tensor_bytes
 

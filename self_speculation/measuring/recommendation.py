@@ -5,7 +5,8 @@ from pathlib import Path
 
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load, make_strategy
-from self_speculation.measuring.prediction import Prediction, measure_passes, predict, profile
+from self_speculation.measuring.passes import measure_passes
+from self_speculation.measuring.prediction import Prediction, predict, profile
 
 MAX_EXITS = 12
 MAX_SPECULATIONS = 8
