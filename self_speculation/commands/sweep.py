@@ -29,8 +29,8 @@ from self_speculation.commands.flags import OutputArguments, one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.figures import Contestant, Round, interleaved, speedup, totals
-from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
 from self_speculation.measuring.passes import measure_passes
+from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
 from self_speculation.measuring.prediction import Prediction, predict, profile
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
