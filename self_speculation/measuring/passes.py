@@ -18,6 +18,7 @@ from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.rows import DecodingState, prefill
 from self_speculation.decoding.session import Decoding
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, synchronize
+from self_speculation.measuring.cell import Cell
 from self_speculation.self_speculation_generator import draft_token, verify
 
 # Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
@@ -31,11 +32,11 @@ class PassCosts:
     """Median seconds of single passes of a batch: a token's draft at E, and the verification at (E, d)."""
 
     draft: dict[int, float]
-    verification: dict[tuple[int, int], float]
+    verification: dict[Cell, float]
 
-    def seconds(self, cell: tuple[int, int], steps: float, drafted: float) -> float:
+    def seconds(self, cell: Cell, steps: float, drafted: float) -> float:
         """What so many steps and drafts take at an (E, d); at d = 0 there are no drafts."""
-        return steps * self.verification[cell] + (drafted * self.draft[cell[0]] if drafted else 0)
+        return steps * self.verification[cell] + (drafted * self.draft[cell.exit_layer] if drafted else 0)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ d drafted tokens, and a verification.
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit layers, N tokens of the answer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.measuring.acceptance import step_counts
+from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.passes import PassCosts
 
 
@@ -46,6 +48,11 @@ class Prediction:
     tokens_per_second: float
     acceptance_rate: float
     tokens_per_step: float
+
+    @property
+    def cell(self) -> Cell:
+        """Its place in the grid."""
+        return Cell(self.exit_layer, self.num_speculations)
 
 
 def profile(
@@ -90,7 +97,7 @@ def acceptance_chances(
     return torch.cat(overlaps).double().cpu().numpy()
 
 
-def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:
+def predict(profiles: list[Profile], cells: Sequence[Cell], costs: PassCosts) -> list[Prediction]:
     """Every cell's tokens a second over the profiled answers; the profiles have the cells' exit layers in order."""
     rows = {exit_layer: row for row, exit_layer in enumerate(sorted({exit_layer for exit_layer, _ in cells}))}
     counts = {
