@@ -26,7 +26,8 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.harness.adapter import LayerSkipLM, process_device
 from self_speculation.harness.evaluation import Evaluation, LoadedTasks, Results
 from self_speculation.harness.report import exits_table, plot_exits, results_table, save, speed_table, totals
-from self_speculation.loading import ModelArguments, fill_in, load, recommendation
+from self_speculation.loading import ModelArguments, fill_in, load, read_recommendation
+from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.settings import by_flag, setting
 
 VERBOSITIES = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
@@ -124,7 +125,8 @@ class EvalConfig(GenerationConfig):
 def make_lm(arguments: EvalArguments, model_arguments: ModelArguments, config: EvalConfig) -> LayerSkipLM:
     """The model behind lm-eval's interface."""
     model, tokenizer = load(replace(model_arguments, device=process_device(model_arguments.device)))
-    generation = fill_in(config.generation(), recommendation(model_arguments.model, model.config.num_hidden_layers))
+    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    generation = fill_in(config.generation(), advice, STRATEGIES)
     sizes = {"batch_size": arguments.batch_size, "max_batch_size": arguments.max_batch_size}
     lm = LayerSkipLM(model, tokenizer, generation, **sizes)
     if arguments.measure_speedup:

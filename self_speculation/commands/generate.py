@@ -24,7 +24,8 @@ from self_speculation.generator_base import (
     RowStep,
     StepStreamer,
 )
-from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, recommendation
+from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, read_recommendation
+from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 
 # How long a draft stays on the terminal, so that an eye can see it; no measured time includes it.
@@ -144,9 +145,9 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
-    advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
-    config = fill_in(config, advice)
-    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
+    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    config = fill_in(config, advice, STRATEGIES)
+    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, STRATEGIES))
     note(describe(config, advice), style="dim")
     streamer = arguments.make_streamer()
     for prompt in arguments.prompts():

@@ -18,6 +18,10 @@ class Step(Protocol):
     """A step over its rows, however it is run. A fixed one takes neither fewer rows nor shorter drafts."""
 
     @property
+    def passes(self) -> EagerPasses:
+        """What it is made of."""
+
+    @property
     def rows(self) -> Rows:
         """What it reads, and goes on with."""
 

@@ -43,7 +43,8 @@ from self_speculation.generator_base import (
     check_exit_layer,
 )
 from self_speculation.harness.continuation_scores import Score, ScoredText, score_continuations
-from self_speculation.loading import ModelArguments, fill_in, load, make_strategy, recommendation
+from self_speculation.loading import ModelArguments, fill_in, load, make_strategy, read_recommendation
+from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.settings import flag_of
 
 # What `HFLM` takes that still has a meaning for a model that is loaded already.
@@ -139,7 +140,7 @@ class LayerSkipLM(HFLM):
         self.pretrained = pretrained.name_or_path
         if config.exit_layer is not None:
             check_exit_layer(config.exit_layer, pretrained)
-        strategy = make_strategy(pretrained, config)
+        strategy = make_strategy(pretrained, config, STRATEGIES)
         self.generation = config
         self.generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
         self.baseline: HuggingfaceLlamaGenerator | None = None
@@ -176,8 +177,8 @@ class LayerSkipLM(HFLM):
         if unknown:
             raise ValueError(f"--model_args: layerskip has no argument {', '.join(sorted(unknown))}.")
         model, tokenizer = load(model_arguments)
-        advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
-        return cls(model, tokenizer, fill_in(config, advice), **given)
+        advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+        return cls(model, tokenizer, fill_in(config, advice, STRATEGIES), **given)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "LayerSkipLM":

@@ -7,53 +7,27 @@ d drafted tokens, and a verification.
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit layers, N tokens of the answer.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.compilation import Function, compiled, compiling
-from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.early_exit import exit_logits, forward_exits, token_device
+from self_speculation.decoding.early_exit import exit_logits, forward_exits
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.rows import Rows, prefill
 from self_speculation.decoding.sampling import probabilities, process_logits, warpers
-from self_speculation.decoding.step import DraftGiven, EagerPasses, StepPlan, speculative_step
-from self_speculation.decoding.verification import verification_rule
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
     GenerationResult,
     HuggingfaceLlamaGenerator,
-    synchronize,
 )
 from self_speculation.measuring.acceptance import step_counts
-
-# Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
-# many are not timed, for caches hold what other passes left.
-CALLS = 4
-ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class PassCosts:
-    """Median seconds of single passes of a batch: a token's draft at E, and the verification at (E, d)."""
-
-    draft: dict[int, float]
-    verification: dict[tuple[int, int], float]
-
-    def seconds(self, cell: tuple[int, int], steps: float, drafted: float) -> float:
-        """What so many steps and drafts take at an (E, d); at d = 0 there are no drafts."""
-        return steps * self.verification[cell] + (drafted * self.draft[cell[0]] if drafted else 0)
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.passes import PassCosts
 
 
 @dataclass(frozen=True)
@@ -74,6 +48,11 @@ class Prediction:
     tokens_per_second: float
     acceptance_rate: float
     tokens_per_step: float
+
+    @property
+    def cell(self) -> Cell:
+        """Its place in the grid."""
+        return Cell(self.exit_layer, self.num_speculations)
 
 
 def profile(
@@ -118,76 +97,7 @@ def acceptance_chances(
     return torch.cat(overlaps).double().cpu().numpy()
 
 
-@torch.inference_mode()
-def measure_passes(
-    model: LlamaForCausalLM,
-    request: GenerationRequest,
-    cells: list[tuple[int, int]],
-    rounds: int = ROUNDS,
-    calls: int = CALLS,
-) -> PassCosts:
-    """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
-    longest = max(num_speculations for _, num_speculations in cells)
-    rows = _waiting_rows(model, request, longest)
-    passes = _passes(model, rows, cells, request)
-    with compiling(model, request.config.compile):
-        for run in passes.values():
-            run()
-    seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
-    for _ in tqdm(range(rounds), desc="Timing passes", unit="round"):
-        for key, run in passes.items():
-            for _ in range(calls // 4):
-                run()
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            synchronize()
-            seconds[key].append((time.perf_counter() - start) / calls)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    return PassCosts(
-        draft={key[0]: value for key, value in median.items() if len(key) == 1},
-        verification={key: value for key, value in median.items() if len(key) == 2},
-    )
-
-
-def _waiting_rows(model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> Rows:
-    """The request's prompts, prefilled; they do not advance, so that what is timed starts from the same tokens."""
-    fuse(model)
-    num_layers, longest = model.config.num_hidden_layers, max(map(len, request.prompts)) + num_speculations
-    cache = PositionAddressedCache(num_layers, longest + 1, token_device(model))
-    rows = Rows.empty(cache, len(request.prompts), request.config.sample)
-    rows.begin(request.prompts, request.limits(model.config.max_position_embeddings), request.config.seed)
-    rows.active_B.zero_()
-    prefill(model, rows, num_layers)
-    cache.see(longest)
-    return rows
-
-
-def _passes(
-    model: LlamaForCausalLM, rows: Rows, cells: list[tuple[int, int]], request: GenerationRequest
-) -> dict[tuple[int, ...], Callable[[], object]]:
-    """A token's draft under (E), what follows the drafts under (E, d); compiled if decoding is."""
-    config, num_layers = request.config, model.config.num_hidden_layers
-    rule, processors = verification_rule(config), request.all_processors()
-    draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
-
-    def prepared(function: Function, *arguments: object) -> Callable[[], object]:
-        return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
-
-    timed: dict[tuple[int, ...], Callable[[], object]] = {}
-    for exit_layer, num_speculations in cells:
-        passes = EagerPasses(model, StepPlan(exit_layer, num_speculations, num_layers, draft_head), rule, processors)
-        ahead = torch.arange(num_speculations, device=rows.lengths_B.device).unbind()
-        drafted = [passes.draft(rows, place) for place in ahead]
-        if num_speculations:
-            timed[exit_layer,] = prepared(EagerPasses.draft, passes, rows, ahead[0])
-        given = DraftGiven(passes, drafted)
-        timed[exit_layer, num_speculations] = prepared(speculative_step, given, rows, num_speculations)
-    return timed
-
-
-def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:
+def predict(profiles: list[Profile], cells: Sequence[Cell], costs: PassCosts) -> list[Prediction]:
     """Every cell's tokens a second over the profiled answers; the profiles have the cells' exit layers in order."""
     rows = {exit_layer: row for row, exit_layer in enumerate(sorted({exit_layer for exit_layer, _ in cells}))}
     counts = {
