@@ -222,7 +222,7 @@ def main() -> None:
         TextArguments,
         ModelArguments,
         LayerSkipArguments,
-        TrainingArguments,
+        rare=(TrainingArguments,),
         args=with_recipe(RECIPES, sys.argv[1:]),
         description=__doc__,
     )
