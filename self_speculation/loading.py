@@ -24,7 +24,15 @@ from self_speculation.decoding.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
-BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"
+
+def bundled(name: str) -> Path:
+    """The folder of a checkpoint that comes along: inside the package once installed, beside it in the repository."""
+    package = Path(__file__).parent
+    installed = package / "checkpoints" / name
+    return installed if installed.is_dir() else package.parent / "checkpoints" / name
+
+
+BUNDLED_CHECKPOINT = bundled("layerskip-python-6M")
 RECOMMENDATION_FILE = "layerskip.json"
 # The (E, d) with the paper's best speed-up (tables of section 6, greedy).
 PAPER_RECOMMENDATIONS = {
@@ -74,13 +82,13 @@ class Recommendation:
     source: str
 
 
-def load(arguments: ModelArguments) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode, and its tokenizer.
+def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
         ValueError: no such model, no weights, no access, or a model that cannot exit early.
     """
-    options, device = _parse_model_args(arguments.model_args), choose_device(arguments.device)
+    options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     try:
         options.setdefault("dtype", _dtype(arguments.dtype, AutoConfig.from_pretrained(arguments.model), device))
         model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)

@@ -101,7 +101,7 @@ def main() -> None:
         TextArguments,
         TrainedModelArguments,
         LayerSkipArguments,
-        TrainingArguments,
+        rare=(TrainingArguments,),
         args=with_recipe(RECIPES, sys.argv[1:]),
         description=__doc__,
     )
