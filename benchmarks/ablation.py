@@ -44,7 +44,8 @@ from benchmarks.small_models import (
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.texts import read_texts, split_held_out
 from self_speculation.settings import by_flag
 from self_speculation.training.exit_measures import evaluate_exits
 from self_speculation.training.packing import PackedTexts, Packing, train_tokenizer

@@ -38,7 +38,9 @@ from self_speculation.measuring.equivalence import Cell, compare
 from self_speculation.measuring.figures import Contestant, Round, interleaved, ratio, totals
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag, setting
 
 STRATEGIES = ("autoregressive", "self_speculative")

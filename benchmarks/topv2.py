@@ -41,7 +41,10 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.figures import Measurement, Round, interleaved
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import DatasetArguments, Example, read_examples, read_json_lines, text_field
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.example import Example
+from self_speculation.prompts.readers import read_json_lines, text_field
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag
 from self_speculation.training.early_exit_loss import IGNORED_LABEL
 from self_speculation.training.packing import train_tokenizer

@@ -45,7 +45,10 @@ from self_speculation.measuring.figures import (
 from self_speculation.measuring.prediction import measure_passes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import last_level_cache_bytes, memory_bandwidth, surroundings
-from self_speculation.prompts.sources import DatasetArguments, Example, fit, prompt_limit, read_examples
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.example import Example
+from self_speculation.prompts.fitting import fit, prompt_limit
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag
 
 # More than the defaults: the share of the ideal speed-up is no better than the passes' times.

@@ -33,7 +33,9 @@ from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
 from self_speculation.measuring.prediction import Prediction, measure_passes, predict, profile
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag
 
 Cell = tuple[int, int]

@@ -24,9 +24,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
+from self_speculation.commands.training_sets import Sizes, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.recommendation import recommend
-from self_speculation.prompts.sources import Examples, Sizes, Stream, TextArguments, Texts, read_source
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.sources import Examples, Stream, Texts, read_source
 from self_speculation.training.exit_measures import exit_table, plot_exits
 from self_speculation.training.packing import PackedTexts, Packing, Responses, StreamedTexts, collate, train_tokenizer
 from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
@@ -231,7 +233,8 @@ def main() -> None:
     model, tokenizer = load(model_arguments, source)
     packing = Packing(run.separate_texts, Path(run.token_cache))
     with training.main_process_first(desc="tokenising"):
-        datasets = source.datasets(tokenizer, Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing))
+        sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
+        datasets = training_sets(source, tokenizer, sizes)
     trainer = make_trainer(model, datasets, layerskip, training)
     trains = not only_evaluates(training)
     if trains:

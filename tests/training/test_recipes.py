@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from self_speculation.commands import train
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.prompts.sources import TextArguments
+from self_speculation.prompts.arguments import TextArguments
 from self_speculation.training.trainer import LayerSkipArguments
 
 # The name that older versions of transformers know too.

@@ -25,7 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.commands import train
 from self_speculation.decoding.draft_head import COUNTS_FILE
-from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.texts import read_texts, split_held_out
 from self_speculation.training.exit_measures import evaluate_exits
 from self_speculation.training.muon import MuonWithAdamW
 from self_speculation.training.packing import PackedTexts, StreamedTexts, train_tokenizer
