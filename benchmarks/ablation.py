@@ -45,7 +45,8 @@ from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.texts import read_texts, split_held_out
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.packing import PackedTexts, Packing

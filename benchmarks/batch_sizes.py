@@ -39,7 +39,9 @@ from self_speculation.measuring.measurements import Round, ratio
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, setting
 
 STRATEGIES = ("autoregressive", "self_speculative")

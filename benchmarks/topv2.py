@@ -42,7 +42,10 @@ from self_speculation.measuring.contestants import interleaved
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import DatasetArguments, Example, read_examples, read_json_lines, text_field
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.example import Example
+from self_speculation.prompts.readers import read_json_lines, text_field
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.labels import IGNORED_LABEL

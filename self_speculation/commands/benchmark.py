@@ -30,7 +30,9 @@ from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.measuring.tables import print_figures
-from self_speculation.prompts.sources import DatasetArguments, fit, prompt_limit, read_examples
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import fit, prompt_limit
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, setting
 
 

@@ -21,7 +21,9 @@ from self_speculation.commands.flags import OutputArguments, one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag, setting
 
 

@@ -27,7 +27,9 @@ from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.sweep import Mode, SearchPlan, Sweep, search
 from self_speculation.measuring.tables import finalist_table
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, flag_of, setting
 
 

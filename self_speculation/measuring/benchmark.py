@@ -21,7 +21,7 @@ from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import Example
+from self_speculation.prompts.example import Example
 
 # What a speed-up is over: the first of these that was measured.
 BASELINES = ("autoregressive", "hf_generate")

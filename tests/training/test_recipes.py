@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from self_speculation.commands import train
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.prompts.sources import TextArguments
+from self_speculation.prompts.arguments import TextArguments
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.models import TrainedModelArguments
 
