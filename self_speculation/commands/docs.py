@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from huggingface_hub.constants import HF_HOME
 
-from self_speculation.commands.flags import one_sentence_errors, parse
+from self_speculation.commands.flags import group_title, one_sentence_errors, parse
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
 ROOT = Path(__file__).parents[2]
@@ -63,11 +63,11 @@ def source_of(path: Path, name: str) -> str:
 def flags_of(program: str) -> str:
     """A program's docstring and groups of flags; those that it shares are named, and listed under `shared` alone."""
     if program == SHARED:
-        return "\n\n".join(f"### {title(group)}\n\n{listed(group)}" for group in shared_groups())
-    module = module_of(program)
-    parts = [as_markdown(module.__doc__ or "")]
-    parts += [f"**{title(group)}**\n\n{listed(group)}" for group in module.GROUPS if group not in shared_groups()]
-    links = [f"[{title(group)}](#{anchor(group)})" for group in module.GROUPS if group in shared_groups()]
+        return "\n\n".join(f"### {group_title(group)}\n\n{listed(group)}" for group in shared_groups())
+    shared, groups = shared_groups(), groups_of(program)
+    parts = [as_markdown(module_of(program).__doc__ or "")]
+    parts += [f"**{group_title(group)}**\n\n{listed(group)}" for group in groups if group not in shared]
+    links = [f"[{group_title(group)}](#{anchor(group)})" for group in groups if group in shared]
     return "\n\n".join([*parts, f"Shared with other programs: {' · '.join(links)}."] if links else parts)
 
 
@@ -78,11 +78,16 @@ def module_of(program: str) -> ModuleType:
     return import_module(f"self_speculation.commands.{program}")
 
 
+def groups_of(program: str) -> tuple[type, ...]:
+    """The dataclasses of a program's flags, those that only `--help_all` shows last."""
+    module = module_of(program)
+    return (*module.GROUPS, *getattr(module, "RARE", ()))
+
+
 @cache
 def shared_groups() -> tuple[type, ...]:
     """The groups of flags that several programs have, as they are or with changes."""
-    of_each = [module_of(program).GROUPS for program in PROGRAMS]
-    counted = [group for groups in of_each for group in groups]
+    counted = [group for program in PROGRAMS for group in groups_of(program)]
     bases = {base_group(group) for group in counted}
     return tuple(dict.fromkeys(base_group(group) or group for group in counted if is_shared(group, counted, bases)))
 
@@ -103,14 +108,9 @@ def is_ours(group: type) -> bool:
     return group.__module__.startswith("self_speculation.")
 
 
-def title(group: type) -> str:
-    """What the group is, by the first line of its docstring."""
-    return (group.__doc__ or "").strip().partition("\n")[0].rstrip(".") if is_ours(group) else group.__name__
-
-
 def anchor(group: type) -> str:
     """The group's heading in a link."""
-    return re.sub(r"[^\w -]", "", title(group).lower()).replace(" ", "-")
+    return re.sub(r"[^\w -]", "", group_title(group).lower()).replace(" ", "-")
 
 
 def listed(group: type) -> str:
@@ -118,11 +118,11 @@ def listed(group: type) -> str:
     if not is_ours(group):
         name = group.__name__
         address = f"https://huggingface.co/docs/transformers/main_classes/trainer#transformers.{name}"
-        return f"Every argument of transformers' [`{name}`]({address}) is a flag too."
+        return f"Every argument of transformers' [`{name}`]({address}) is a flag too; `--help_all` shows them."
     base = base_group(group)
     own = [field for field in dataclasses.fields(group) if base is None or field.name in group.__annotations__]
-    lines = "\n".join(map(line, own))
-    return f"{lines}\n- and those of [{title(base)}](#{anchor(base)})." if base else lines
+    lines = "\n".join(line(field) for field in own if field.init)
+    return f"{lines}\n- and those of [{group_title(base)}](#{anchor(base)})." if base else lines
 
 
 def line(field: Field[Any]) -> str:

@@ -23,7 +23,8 @@ from benchmarks.small_models import (
 from self_speculation.generator_base import GenerationConfig, GenerationResult, RowStep
 from self_speculation.measuring.figures import Measurement, Round
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.trainer import LayerSkipTrainer
 
 VARIANTS = ["baseline", "layer dropout", "early-exit loss", "both"]
 FLAGS = (

@@ -121,17 +121,37 @@ def test_correctness_reports_a_difference_and_fails(
     assert "FAIL: 2 runs" in said
 
 
+def typing(monkeypatch: pytest.MonkeyPatch, *lines: str | type[EOFError]) -> None:
+    """Somebody at the terminal types these lines; EOFError is Ctrl-D."""
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", read)
+
+
+class TerminalWithKey(io.StringIO):
+    """Standard output of a session in which Ctrl-C is pressed when the first answer begins to appear."""
+
+    interrupts = 1
+
+    def write(self, text: str) -> int:
+        if self.interrupts and text.strip() and not text.startswith("Prompt, several lines"):
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_session(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checks = iter([KeyboardInterrupt])
-
-    def check(self: InterruptKey) -> None:
-        for interrupt in checks:
-            raise interrupt
-
-    monkeypatch.setattr(InterruptKey, "check", check)
-    monkeypatch.setattr(generate, "read_prompts", lambda: iter(["def first():", "def second():"]))
+    typing(monkeypatch, "def first():", EOFError, "def second():", EOFError, EOFError)
+    monkeypatch.setattr(sys, "stdout", TerminalWithKey())
     assert run(generate.main, "--max_steps", 3) == 0
     assert "interrupted" in capsys.readouterr().err
     [row] = (tmp_path / "logs" / "generate.jsonl").read_text().splitlines()
@@ -160,16 +180,7 @@ def test_under_torchrun_ctrl_c_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None
 def test_prompts_are_typed_until_ctrl_d_and_blank_ones_are_asked_for_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    typed = iter(["def f():", "    x = 1", EOFError, "", EOFError, "more", EOFError, EOFError])
-
-    def read(prompt: str) -> str:
-        line = next(typed)
-        if line is EOFError:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", read)
+    typing(monkeypatch, "def f():", "    x = 1", EOFError, "", EOFError, "more", EOFError, EOFError)
     assert list(read_prompts()) == ["def f():\n    x = 1", "more"]
     assert "Ctrl-D" in capsys.readouterr().out
 
@@ -192,12 +203,8 @@ SCRIPTS = {
     ],
     ids=str,
 )
-def test_the_documents_commands_run(
-    command: Command, run: Callable[..., int], rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documents_commands_run(command: Command, run: Callable[..., int], rows: Path) -> None:
     """Briefly, on the bundled checkpoint and local rows."""
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr("self_speculation.measuring.figures.live_tensor_bytes", lambda: 12345)
     main, brief = SCRIPTS[command.program]
     flags = [*command.flags, "--model", str(BUNDLED_CHECKPOINT), "--output_dir", str(rows.parent / "logs")]
     if "--dataset" in flags:

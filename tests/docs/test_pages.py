@@ -10,7 +10,7 @@ import pytest
 from documents import BLOCK, PAGES, README, ROOT, Command, commands, own_python
 
 from self_speculation.commands import train
-from self_speculation.commands.docs import PROGRAMS, SOURCE, refreshed
+from self_speculation.commands.docs import PROGRAMS, SOURCE, groups_of, refreshed
 from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.loading import BUNDLED_CHECKPOINT
 from self_speculation.settings import flag_of
@@ -32,8 +32,8 @@ def module_of(program: str) -> ModuleType:
 
 def flags_of(module: ModuleType) -> set[str]:
     """The flags that a program can have: its groups', and those of every dataclass that a benchmark knows."""
-    groups = [*getattr(module, "GROUPS", ()), *vars(module).values()]
-    fields = [field for group in groups if dataclasses.is_dataclass(group) for field in dataclasses.fields(group)]
+    groups = filter(dataclasses.is_dataclass, vars(module).values())
+    fields = [field for group in groups for field in dataclasses.fields(group)]
     return {name for field in fields for name in (field.name, flag_of(field))}
 
 
@@ -49,7 +49,7 @@ def test_the_programs_understand_the_commands(command: Command) -> None:
     flags = list(command.flags)
     if command.program == "train":
         flags = with_recipe(train.RECIPES, [*flags, *ON_CPU])
-    parse(*module_of(command.program).GROUPS, args=flags)
+    parse(*groups_of(command.program), args=flags)
 
 
 @pytest.mark.parametrize("command", [each for each in commands() if each.program not in PROGRAMS], ids=str)

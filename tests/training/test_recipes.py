@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from transformers import TrainingArguments
 
 from self_speculation.commands import train
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.prompts.sources import TextArguments
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.models import TrainedModelArguments
 
 # The name that older versions of transformers know too.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing.:FutureWarning")
 
-GROUPS = (train.RunArguments, TextArguments, train.ModelArguments, LayerSkipArguments, TrainingArguments)
+GROUPS = (train.RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments, TrainingArguments)
 CPU = ["--bf16", "False", "--use_cpu", "True"]
 # p_max, e_scale, curriculum, R, S(t), batch per device, steps, learning rate; None where the paper says nothing.
 PAPER = {
@@ -81,14 +83,11 @@ def test_flags_beside_a_recipe_win(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[1", "just words\n", "p_maximum: 0.3\n"])
 def test_bad_recipe_is_one_sentence(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str, tmp_path: Path, run_script: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     for name, named in ((str(path), "p_maximum" if "p_maximum" in text else "--recipe"), ("nowhere", "finetune_topv2")):
-        monkeypatch.setattr("sys.argv", ["train.py", "--data_path", "x", "--recipe", name])
-        with pytest.raises(SystemExit) as exit_info:
-            train.main()
-        assert exit_info.value.code == 2
+        assert run_script(train.main, "--data_path", "x", "--recipe", name) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert named in line
