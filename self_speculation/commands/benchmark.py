@@ -96,11 +96,13 @@ class BenchmarkConfig(GenerationConfig):
         return configs
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main(probes: Probes = PROBES) -> None:
-    arguments, model_arguments, dataset, config, output = groups = parse(
-        BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, dataset, config, output = groups = parse(*GROUPS, description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
     # Ranks wait for the slowest, however long.

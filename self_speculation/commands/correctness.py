@@ -60,11 +60,13 @@ def numbers(flag: str, text: str | None, least: int) -> list[int]:
     return values
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
-    model_arguments, dataset, config, output = parse(
-        ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments, description=__doc__
-    )
+    model_arguments, dataset, config, output = parse(*GROUPS, description=__doc__)
     path = Path(output.output_dir) / "correctness.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)

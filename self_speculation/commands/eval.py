@@ -24,12 +24,13 @@ from self_speculation.harness.report import print_report
 from self_speculation.harness.result_files import described, save
 from self_speculation.loading import ModelArguments
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (EvalArguments, ModelArguments, EvalConfig, OutputArguments)
+
 
 @one_sentence_errors()
 def main() -> None:
-    arguments, model_arguments, config, output = parse(
-        EvalArguments, ModelArguments, EvalConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     output_dir = Path(output.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     is_first = int(os.environ.get("RANK", "0")) == 0

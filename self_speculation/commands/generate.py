@@ -115,14 +115,16 @@ def describe(config: GenerationConfig, advice: Recommendation) -> str:
     return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (GenerateArguments, ModelArguments, GenerationConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
     """Answer what the flags or the terminal ask; under `torchrun` the first process does."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    arguments, model_arguments, config, output = parse(
-        GenerateArguments, ModelArguments, GenerationConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     log = Path(output.output_dir) / "generate.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)

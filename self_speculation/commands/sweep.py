@@ -102,13 +102,15 @@ class SweepConfig(GenerationConfig):
                 raise ValueError(f"--{name}: the sweep takes --{name}_first and --{name}_last.")
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (SweepArguments, ModelArguments, DatasetArguments, SweepConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    arguments, model_arguments, dataset, config, output = groups = parse(
-        SweepArguments, ModelArguments, DatasetArguments, SweepConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, dataset, config, output = groups = parse(*GROUPS, description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     if arguments.mode != "grid" and config.generation_strategy != "self_speculative":
         raise ValueError(f"--mode {arguments.mode} predicts self_speculative only, not {config.generation_strategy}.")

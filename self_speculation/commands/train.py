@@ -96,13 +96,14 @@ def recommended(run: RunArguments, trainer: LayerSkipTrainer) -> str:
     return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended" if best else ""
 
 
+# The flags, in the order in which `main` takes them; those of `TrainingArguments` come after.
+GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
-        RunArguments,
-        TextArguments,
-        TrainedModelArguments,
-        LayerSkipArguments,
+        *GROUPS,
         rare=(TrainingArguments,),
         args=with_recipe(RECIPES, sys.argv[1:]),
         description=__doc__,

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 import torch
+from documents import Command, commands
 from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -489,17 +489,12 @@ def test_lm_eval_s_own_command_line_reaches_it(
     assert "--exit_layer" in capsys.readouterr().err
 
 
-def readme_commands() -> list[str]:
-    """The README's commands for eval.py on local data."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].strip() for line in lines if line.startswith("python eval.py")]
-
-
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_readme_s_commands_run(command: str, run: Callable[..., Any], data_dir: Path) -> None:
-    flags = shlex.split(command.replace("$LAYERSKIP_DATA", str(data_dir)))[2:]
+@pytest.mark.parametrize(
+    "command", [command for command in commands("eval") if "$LAYERSKIP_DATA" in command.flags], ids=str
+)
+def test_the_documents_commands_run(command: Command, run: Callable[..., Any], data_dir: Path) -> None:
+    flags = [str(data_dir) if flag == "$LAYERSKIP_DATA" else flag for flag in command.flags]
     if "--limit" in flags:
         flags[flags.index("--limit") + 1] = "1"
     code, results = run(*flags, "--model", BUNDLED_CHECKPOINT, *QUICK)
