@@ -1,1 +1,66 @@
-"""LayerSkip: early-exit training and lossless self-speculative decoding (arXiv 2404.16710)."""
+"""LayerSkip: early-exit training and lossless self-speculative decoding (arXiv 2404.16710).
+
+>>> from self_speculation import generate, load
+>>> model, tokenizer = load()
+>>> generate(model, tokenizer, "def add(a, b):", max_new_tokens=64, sample=False).text
+
+Names are imported when they are asked for, so that training does not load what only decoding needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from self_speculation.api import generate, load
+    from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
+    from self_speculation.generator_base import (
+        GenerationConfig,
+        GenerationResult,
+        GenerationStrategy,
+        HuggingfaceLlamaGenerator,
+    )
+    from self_speculation.loading import ModelArguments
+    from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+    from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer
+
+__version__ = "0.2.0"
+__all__ = [
+    "AutoregressiveStrategy",
+    "EarlyExitStrategy",
+    "GenerationConfig",
+    "GenerationResult",
+    "GenerationStrategy",
+    "HuggingfaceLlamaGenerator",
+    "ModelArguments",
+    "PlainTextStreamer",
+    "SelfSpeculativeStrategy",
+    "SpeculativeTextStreamer",
+    "__version__",
+    "generate",
+    "load",
+]
+
+_HOMES = {
+    "AutoregressiveStrategy": "autoregressive_generator",
+    "EarlyExitStrategy": "autoregressive_generator",
+    "GenerationConfig": "generator_base",
+    "GenerationResult": "generator_base",
+    "GenerationStrategy": "generator_base",
+    "HuggingfaceLlamaGenerator": "generator_base",
+    "ModelArguments": "loading",
+    "PlainTextStreamer": "speculative_streamer",
+    "SelfSpeculativeStrategy": "self_speculation_generator",
+    "SpeculativeTextStreamer": "speculative_streamer",
+    "generate": "api",
+    "load": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from transformers import (
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
-from self_speculation.measuring.rivals import (
-    HuggingfaceEarlyExitStrategy,
-    HuggingfaceStaticStrategy,
-    HuggingfaceStrategy,
-)
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
-BUNDLED_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "layerskip-python-6M"
+
+def bundled(name: str) -> Path:
+    """The folder of a checkpoint that comes along: inside the package once installed, beside it in the repository."""
+    package = Path(__file__).parent
+    installed = package / "checkpoints" / name
+    return installed if installed.is_dir() else package.parent / "checkpoints" / name
+
+
+BUNDLED_CHECKPOINT = bundled("layerskip-python-6M")
 RECOMMENDATION_FILE = "layerskip.json"
 # The (E, d) with the paper's best speed-up (tables of section 6, greedy).
 PAPER_RECOMMENDATIONS = {
@@ -36,13 +40,12 @@ PAPER_RECOMMENDATIONS = {
     "facebook/layerskip-llama2-13B": (15, 12),
 }
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-STRATEGIES: dict[str, type[GenerationStrategy]] = {
+Strategies = Mapping[str, type[GenerationStrategy]]
+# Ours; those that they are measured against are in `measuring.strategies`.
+STRATEGIES: Strategies = {
     "autoregressive": AutoregressiveStrategy,
     "early_exit": EarlyExitStrategy,
     "self_speculative": SelfSpeculativeStrategy,
-    "hf_generate": HuggingfaceStrategy,
-    "hf_early_exit": HuggingfaceEarlyExitStrategy,
-    "hf_static": HuggingfaceStaticStrategy,
 }
 
 
@@ -79,13 +82,13 @@ class Recommendation:
     source: str
 
 
-def load(arguments: ModelArguments) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode, and its tokenizer.
+def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
         ValueError: no such model, no weights, no access, or a model that cannot exit early.
     """
-    options, device = _parse_model_args(arguments.model_args), choose_device(arguments.device)
+    options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     try:
         options.setdefault("dtype", _dtype(arguments.dtype, AutoConfig.from_pretrained(arguments.model), device))
         model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
@@ -101,7 +104,7 @@ def load(arguments: ModelArguments) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
     return model.eval(), tokenizer
 
 
-def recommendation(name: str, num_layers: int) -> Recommendation:
+def read_recommendation(name: str, num_layers: int) -> Recommendation:
     """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4."""
     path = Path(name) / RECOMMENDATION_FILE
     if path.is_file():
@@ -115,14 +118,17 @@ def recommendation(name: str, num_layers: int) -> Recommendation:
     return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
 
 
-def make_strategy(model: LlamaForCausalLM, config: GenerationConfig) -> GenerationStrategy:
-    """The strategy that `config` names."""
-    return _strategy(config)(model)
+def make_strategy(
+    model: LlamaForCausalLM, config: GenerationConfig, strategies: Strategies = STRATEGIES
+) -> GenerationStrategy:
+    """The one of `strategies` that `config` names."""
+    return _strategy(config, strategies)(model)
 
 
-def fill_in(config: GenerationConfig, advice: Recommendation) -> GenerationConfig:
+def fill_in(config: GenerationConfig, advice: Recommendation, strategies: Strategies = STRATEGIES) -> GenerationConfig:
     """`config` with the recommended exit layer and draft length where none were given and the strategy needs them."""
-    missing = {name: getattr(advice, name) for name in _strategy(config).uses if getattr(config, name) is None}
+    uses = _strategy(config, strategies).uses
+    missing = {name: getattr(advice, name) for name in uses if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 
 
@@ -141,14 +147,14 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
 
 
-def _strategy(config: GenerationConfig) -> type[GenerationStrategy]:
+def _strategy(config: GenerationConfig, strategies: Strategies) -> type[GenerationStrategy]:
     """A strategy by its name; autoregressive with an explicit exit layer means early exit."""
     name = config.generation_strategy
-    if name not in STRATEGIES:
-        raise ValueError(f"--generation_strategy must be one of {', '.join(STRATEGIES)}, not {name!r}.")
+    if name not in strategies:
+        raise ValueError(f"--generation_strategy must be one of {', '.join(strategies)}, not {name!r}.")
     if name == "autoregressive" and config.exit_layer is not None:
         return EarlyExitStrategy
-    return STRATEGIES[name]
+    return strategies[name]
 
 
 def _parse_model_args(text: str | None) -> dict[str, Any]:

@@ -1,46 +1,32 @@
-"""Command-line flags: one parser for all scripts, and the dataclasses that several of them share."""
+"""Command-line flags: one parser for all programs, and the dataclasses that several of them share."""
 
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from shutil import get_terminal_size
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from self_speculation.settings import flag_of
+from self_speculation import __version__
+from self_speculation.settings import Settings, flag_of, setting
 
-
-class _Parser(HfArgumentParser):
-    """transformers' dataclass parser: one sentence for each mistake, and flags that are not named like their fields."""
-
-    @staticmethod
-    def _parse_dataclass_field(parser: ArgumentParser, field: Field[Any]) -> None:
-        own = copy(field)
-        own.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
-        own.name = flag_of(field)
-        if own.name != field.name:
-            own.metadata |= {"dest": field.name, "aliases": [f"--{field.name}"]}
-        HfArgumentParser._parse_dataclass_field(parser, own)
-
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """The script's docstring as it is written, and every flag's default."""
+HELP_WIDTH = 100
+HELP_COLUMN = 32
+PLACEHOLDERS = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
 
 
 @dataclass
-class OutputArguments:
+class OutputArguments(Settings):
     """Where results go."""
 
-    output_dir: str = field(default="./logs", metadata={"help": "Folder for results."})
+    output_dir: str = setting("./logs", help="Folder for results.")
 
 
 def fail(message: str) -> NoReturn:
@@ -49,18 +35,104 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def parse(*dataclasses: type, description: str | None = None, args: list[str] | None = None) -> tuple[Any, ...]:
-    """One instance of each dataclass from the command line; an unknown flag or a bad value is refused."""
-    parser = _Parser(
-        dataclasses,
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
+def parse(
+    *dataclasses: type, rare: tuple[type, ...] = (), description: str | None = None, args: list[str] | None = None
+) -> tuple[Any, ...]:
+    """One instance of each dataclass from the command line, those of `rare` last.
+
+    `--help` shows a group of flags for each dataclass, but those of `rare` only as `--help_all`. An unknown flag or a
+    bad value is refused.
+    """
+    given = sys.argv[1:] if args is None else args
+    parser = _Parser(dataclasses, rare, shows_rare="--help_all" in given, description=description)
     try:
         return parser.parse_args_into_dataclasses(args=args)
     except ValueError as error:
         fail(str(error))
+
+
+class _Parser(HfArgumentParser):
+    """transformers' dataclass parser: a titled group of flags for each dataclass, one sentence for each mistake."""
+
+    def __init__(
+        self, shown: tuple[type, ...], rare: tuple[type, ...], shows_rare: bool, description: str | None
+    ) -> None:
+        self.hidden = () if shows_rare else rare
+        super().__init__(
+            [*shown, *rare],
+            usage="%(prog)s [--FLAG VALUE ...]",
+            description=description,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        general = self.add_argument_group("Help")
+        general.add_argument("-h", "--help", action="help", help="Show this and exit.")
+        if rare:
+            names = " and ".join(one.__name__ for one in rare)
+            general.add_argument("--help_all", action="help", help=f"Show also the flags of transformers' {names}.")
+        version = f"layerskip {__version__}"
+        general.add_argument("--version", action="version", version=version, help="Show the version and exit.")
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        group = _Flags(self.add_argument_group(group_title(dtype)), is_hidden=dtype in self.hidden)
+        types = get_type_hints(dtype)
+        for field in fields(dtype):
+            if field.init:
+                self._parse_dataclass_field(group, _as_flag(field, types[field.name]))
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+class _Flags:
+    """A group of the help that shows each flag in one spelling.
+
+    transformers adds `--exit-layer` to `--exit_layer`, and `--no_sample` to `--sample False`: accepted, not shown.
+    """
+
+    def __init__(self, group: _ArgumentGroup, is_hidden: bool) -> None:
+        self.group = group
+        self.is_hidden = is_hidden
+
+    def add_argument(self, *spellings: str, **options: Any) -> None:
+        """What transformers' parser calls for each flag."""
+        if self.is_hidden or options.get("action") == "store_false":
+            options["help"] = SUPPRESS
+        action = self.group.add_argument(*spellings, **options)
+        action.option_strings = action.option_strings[:1]
+        if action.choices is None:
+            action.metavar = PLACEHOLDERS.get(getattr(action.type, "__name__", ""), "TEXT")
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    """The program's docstring as it is written, and the defaults of flags that have one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=HELP_COLUMN, width=min(HELP_WIDTH, get_terminal_size().columns))
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.default in (None, [], SUPPRESS):
+            return action.help
+        shown = " ".join(action.default) if isinstance(action.default, list) else "%(default)s"
+        return f"{action.help} (default: {shown})"
+
+
+def group_title(group: type) -> str:
+    """What a group of flags is called: the first line of its dataclass's docstring, if that is ours."""
+    if not group.__module__.startswith("transformers."):
+        return (group.__doc__ or group.__name__).splitlines()[0].rstrip(".")
+    return f"transformers' {group.__name__}"
+
+
+def _as_flag(field: Field[Any], kind: Any) -> Field[Any]:
+    """A field as transformers' parser reads it: named like its flag, its type resolved."""
+    own: Any = copy(field)
+    own.name, own.type = flag_of(field), kind
+    own.metadata = {name: value for name, value in field.metadata.items() if name != "limits"}
+    if own.name != field.name:
+        own.metadata |= {"dest": field.name, "aliases": [f"--{field.name}"]}
+    return own
 
 
 @contextmanager

@@ -7,7 +7,7 @@ torchrun generate.py --model facebook/layerskip-llama3.2-1B --generation_strateg
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,16 +15,11 @@ from typing import Literal
 from rich.console import Console
 
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
-from self_speculation.commands.interactive import InterruptKey, read_prompts
-from self_speculation.decoding.stopping import StopRule
-from self_speculation.generator_base import (
-    GenerationConfig,
-    GenerationResult,
-    HuggingfaceLlamaGenerator,
-    RowStep,
-    StepStreamer,
-)
-from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, recommendation
+from self_speculation.commands.interactive import InterruptKey, KeyCheckingStreamer, read_prompts
+from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
+from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, read_recommendation
+from self_speculation.measuring.strategies import STRATEGIES
+from self_speculation.settings import Settings, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 
 # How long a draft stays on the terminal, so that an eye can see it; no measured time includes it.
@@ -32,20 +27,20 @@ DRAFT_SECONDS = 0.02
 
 
 @dataclass
-class GenerateArguments:
+class GenerateArguments(Settings):
     """What to answer, and how to show it."""
 
-    prompt: str | None = field(default=None, metadata={"help": "The prompt; asked for when not given."})
-    prompt_file: str | None = field(default=None, metadata={"help": "File whose whole text is the prompt."})
-    streamer: Literal["none", "standard", "speculative"] = field(
-        default="standard",
-        metadata={"help": "Show the answer when it is complete, as it grows, or with its drafts in colour."},
+    prompt: str | None = setting(None, help="The prompt; asked for when not given.")
+    prompt_file: str | None = setting(None, help="File whose whole text is the prompt.")
+    streamer: Literal["none", "standard", "speculative"] = setting(
+        "standard", help="Show the answer when it is complete, as it grows, or with its drafts in colour."
     )
-    export_svg: str | None = field(
-        default=None, metadata={"help": "Save the answer as an SVG picture, coloured by who produced each token."}
+    export_svg: str | None = setting(
+        None, help="Save the answer as an SVG picture, coloured by who produced each token."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other.")
         if self.export_svg is not None and not Path(self.export_svg).parent.is_dir():
@@ -71,30 +66,6 @@ class GenerateArguments:
             yield self.prompt
         else:
             yield from read_prompts()
-
-
-class KeyCheckingStreamer:
-    """Passes steps on to a streamer, if there is one, and lets Ctrl-C through between them."""
-
-    def __init__(self, streamer: StepStreamer | None, key: InterruptKey) -> None:
-        self.streamer = streamer
-        self.key = key
-
-    def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
-        """An answer begins."""
-        if self.streamer:
-            self.streamer.begin(prompt, stop_rule)
-
-    def update(self, step: RowStep) -> None:
-        """One more step has been decided."""
-        if self.streamer:
-            self.streamer.update(step)
-        self.key.check()
-
-    def end(self) -> None:
-        """The answer is complete."""
-        if self.streamer:
-            self.streamer.end()
 
 
 def answer(
@@ -133,20 +104,34 @@ def save(result: GenerationResult, prompt: str, path: Path) -> None:
         file.write(json.dumps({"prompt": prompt, **asdict(result)}, ensure_ascii=False) + "\n")
 
 
+def describe(config: GenerationConfig, advice: Recommendation) -> str:
+    """The strategy and what it was told to do, in one line."""
+    parts = [config.generation_strategy]
+    if config.exit_layer is not None:
+        parts.append(f"exit layer {config.exit_layer}")
+    if config.num_speculations is not None:
+        parts.append(f"{config.num_speculations} drafts")
+    chosen = (config.exit_layer, config.num_speculations) == (advice.exit_layer, advice.num_speculations)
+    return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
+
+
+# The flags, in the order in which `main` takes them.
+GROUPS = (GenerateArguments, ModelArguments, GenerationConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
+    """Answer what the flags or the terminal ask; under `torchrun` the first process does."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    arguments, model_arguments, config, output = parse(
-        GenerateArguments, ModelArguments, GenerationConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     log = Path(output.output_dir) / "generate.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
-    advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
-    config = fill_in(config, advice)
-    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
+    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    config = fill_in(config, advice, STRATEGIES)
+    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, STRATEGIES))
     note(describe(config, advice), style="dim")
     streamer = arguments.make_streamer()
     for prompt in arguments.prompts():
@@ -159,17 +144,6 @@ def main() -> None:
             stop_rule = generator.stop_rule(config)
             export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
         note(summary(result, len(generator.encode(prompt))), style="bold")
-
-
-def describe(config: GenerationConfig, advice: Recommendation) -> str:
-    """The strategy and what it was told to do, in one line."""
-    parts = [config.generation_strategy]
-    if config.exit_layer is not None:
-        parts.append(f"exit layer {config.exit_layer}")
-    if config.num_speculations is not None:
-        parts.append(f"{config.num_speculations} drafts")
-    chosen = (config.exit_layer, config.num_speculations) == (advice.exit_layer, advice.num_speculations)
-    return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from self_speculation.decoding.stopping import StopRule
+from self_speculation.generator_base import RowStep, StepStreamer
+
 if sys.platform != "win32":
     import termios
 
@@ -65,3 +68,27 @@ class InterruptKey:
         while descriptor is not None and select.select([descriptor], [], [], 0)[0]:
             if INTERRUPT in os.read(descriptor, 1024):
                 raise KeyboardInterrupt
+
+
+class KeyCheckingStreamer:
+    """Passes steps on to a streamer, if there is one, and lets Ctrl-C through between them."""
+
+    def __init__(self, streamer: StepStreamer | None, key: InterruptKey) -> None:
+        self.streamer = streamer
+        self.key = key
+
+    def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
+        """An answer begins."""
+        if self.streamer:
+            self.streamer.begin(prompt, stop_rule)
+
+    def update(self, step: RowStep) -> None:
+        """One more step has been decided."""
+        if self.streamer:
+            self.streamer.update(step)
+        self.key.check()
+
+    def end(self) -> None:
+        """The answer is complete."""
+        if self.streamer:
+            self.streamer.end()

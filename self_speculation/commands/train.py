@@ -13,10 +13,12 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
+from self_speculation.commands.training_sets import Sizes, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
 from self_speculation.measuring.recommendation import recommend
-from self_speculation.prompts.sources import Sizes, TextArguments, read_source
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.sources import read_source
 from self_speculation.settings import Settings, setting
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import checkpoint_to_resume
@@ -94,23 +96,23 @@ def recommended(run: RunArguments, trainer: LayerSkipTrainer) -> str:
     return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended" if best else ""
 
 
+# The flags, in the order in which `main` takes them; those of RARE come last.
+GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments)
+RARE = (TrainingArguments,)
+
+
 @one_sentence_errors()
 def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
-        RunArguments,
-        TextArguments,
-        TrainedModelArguments,
-        LayerSkipArguments,
-        TrainingArguments,
-        args=with_recipe(RECIPES, sys.argv[1:]),
-        description=__doc__,
+        *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
     )
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
     packing = Packing(run.separate_texts, Path(run.token_cache))
     with training.main_process_first(desc="tokenising"):
-        datasets = source.datasets(tokenizer, Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing))
+        sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
+        datasets = training_sets(source, tokenizer, sizes)
     trainer = make_trainer(model, datasets, layerskip, training)
     trains = not only_evaluates(training)
     if trains:

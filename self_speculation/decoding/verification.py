@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.decoding.sampling import ACCEPT_STREAM, DRAFT_STREAM, RECOVER_STREAM, draw, probabilities
+from self_speculation.decoding.config import GenerationConfig
+from self_speculation.decoding.sampling import (
+    ACCEPT_STREAM,
+    DRAFT_STREAM,
+    RECOVER_STREAM,
+    draw,
+    probabilities,
+    warpers,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class VerificationRule(Protocol):
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A drafted token (B, 1) and the distribution q (B, 1, V) that it was drawn from."""
 
-    def verify(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept a prefix of the draft and choose the token after it."""
 
 
@@ -55,7 +63,7 @@ class GreedyRule:
         """The draft's argmax."""
         return logits_B1V.argmax(-1), None
 
-    def verify(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while the draft is the target's argmax; the argmax after that is the recovered or bonus token."""
         target_BT = logits_BTV.argmax(-1)
         accepted_B = accepted_prefix(draft.tokens_Bd == target_BT[:, :-1], draft.lengths_B)
@@ -73,7 +81,7 @@ class SamplingRule:
         q_B1V = probabilities(logits_B1V, self.filters)
         return draw(q_B1V, noise_B1S[..., DRAFT_STREAM]), q_B1V
 
-    def verify(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while u < p/q, then draw from norm(max(0, p − q)); q is zero past each row's draft."""
         p_BTV = probabilities(logits_BTV, self.filters)
         q_BTV = torch.cat([*draft.q_B1V, torch.zeros_like(p_BTV[:, :1])], dim=1)
@@ -84,6 +92,13 @@ class SamplingRule:
         recovered_B1V = recovered_distribution(_at_position(p_BTV, last_B1), _at_position(q_BTV, last_B1))
         recovered_B1 = draw(recovered_B1V, noise_BTS[..., RECOVER_STREAM].gather(1, last_B1))
         return Verdict(F.pad(draft.tokens_Bd, (0, 1)).scatter(1, last_B1, recovered_B1), accepted_B)
+
+
+def verification_rule(config: GenerationConfig) -> VerificationRule:
+    """Greedy decoding, or sampling with the config's filters."""
+    if not config.sample:
+        return GreedyRule()
+    return SamplingRule(warpers(config.temperature, config.top_k, config.top_p))
 
 
 def accepted_prefix(accepts_Bd: Tensor, lengths_B: Tensor) -> Tensor:

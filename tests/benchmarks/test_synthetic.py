@@ -16,7 +16,7 @@ from benchmarks.synthetic import SHAPES, Goal, Shape, Trial
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import benchmark
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, RowStep
-from self_speculation.loading import ModelArguments, load, recommendation
+from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.equivalence import Cell, EquivalenceCheck
 
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def test_a_saved_checkpoint_is_ordinary_and_labelled(command: Callable[..., tupl
     assert model.config.num_hidden_layers == 4
     assert tokenizer.eos_token_id is None
     assert tokenizer.decode(tokenizer("Näme").input_ids, skip_special_tokens=True) == "Näme"
-    assert recommendation(str(folder), 4).num_speculations == 6
+    assert read_recommendation(str(folder), 4).num_speculations == 6
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from benchmarks import topv2
 from benchmarks.small_models import SmallModelArguments
 from benchmarks.topv2 import TopV2Arguments
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.prompts.sources import Example
+from self_speculation.prompts.example import Example
 from self_speculation.training.tokenizer import train_tokenizer
 from self_speculation.training.trainer import LayerSkipTrainer
 

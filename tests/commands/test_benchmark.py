@@ -35,7 +35,7 @@ from self_speculation.measuring.figures import (
     speedup,
     totals,
 )
-from self_speculation.measuring.prediction import PassCosts
+from self_speculation.measuring.passes import PassCosts
 from self_speculation.measuring.surroundings import live_tensor_bytes
 
 ROOT = Path(__file__).parents[2]

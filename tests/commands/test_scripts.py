@@ -5,20 +5,19 @@ import json
 import os
 import pty
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from documents import README, Command, commands
 
 from self_speculation.autoregressive_generator import EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.commands.interactive import InterruptKey, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "def add(a, b):"
 
 
@@ -122,17 +121,37 @@ def test_correctness_reports_a_difference_and_fails(
     assert "FAIL: 2 runs" in said
 
 
+def typing(monkeypatch: pytest.MonkeyPatch, *lines: str | type[EOFError]) -> None:
+    """Somebody at the terminal types these lines; EOFError is Ctrl-D."""
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", read)
+
+
+class TerminalWithKey(io.StringIO):
+    """Standard output of a session in which Ctrl-C is pressed when the first answer begins to appear."""
+
+    interrupts = 1
+
+    def write(self, text: str) -> int:
+        if self.interrupts and text.strip() and not text.startswith("Prompt, several lines"):
+            self.interrupts -= 1
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_session(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checks = iter([KeyboardInterrupt])
-
-    def check(self: InterruptKey) -> None:
-        for interrupt in checks:
-            raise interrupt
-
-    monkeypatch.setattr(InterruptKey, "check", check)
-    monkeypatch.setattr(generate, "read_prompts", lambda: iter(["def first():", "def second():"]))
+    typing(monkeypatch, "def first():", EOFError, "def second():", EOFError, EOFError)
+    monkeypatch.setattr(sys, "stdout", TerminalWithKey())
     assert run(generate.main, "--max_steps", 3) == 0
     assert "interrupted" in capsys.readouterr().err
     [row] = (tmp_path / "logs" / "generate.jsonl").read_text().splitlines()
@@ -161,54 +180,35 @@ def test_under_torchrun_ctrl_c_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None
 def test_prompts_are_typed_until_ctrl_d_and_blank_ones_are_asked_for_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    typed = iter(["def f():", "    x = 1", EOFError, "", EOFError, "more", EOFError, EOFError])
-
-    def read(prompt: str) -> str:
-        line = next(typed)
-        if line is EOFError:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", read)
+    typing(monkeypatch, "def f():", "    x = 1", EOFError, "", EOFError, "more", EOFError, EOFError)
     assert list(read_prompts()) == ["def f():\n    x = 1", "more"]
     assert "Ctrl-D" in capsys.readouterr().out
 
 
-def readme_commands() -> list[str]:
-    """Every command of the README that runs one of the scripts on the bundled checkpoint."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
-
-
 BRIEF = ["--num_samples", 1, "--repeats", 1]
 SCRIPTS = {
-    "generate.py": (generate.main, []),
-    "correctness.py": (correctness.main, ["--num_samples", 1, "--exit_layer", 3, "--num_speculations", 2]),
-    "benchmark.py": (benchmark.main, [*BRIEF, "--score_text", "False"]),
-    "sweep.py": (sweep.main, [*BRIEF, "--duel_repeats", 1, "--exit_layer_last", 2, "--num_speculations_last", 2]),
+    "generate": (generate.main, []),
+    "correctness": (correctness.main, ["--num_samples", 1, "--exit_layer", 3, "--num_speculations", 2]),
+    "benchmark": (benchmark.main, [*BRIEF, "--score_text", "False"]),
+    "sweep": (sweep.main, [*BRIEF, "--duel_repeats", 1, "--exit_layer_last", 2, "--num_speculations_last", 2]),
 }
+
+
+def is_brief(command: Command) -> bool:
+    """The README's commands are run by default, but for those that transformers' own decoding makes slow."""
+    return command.page == README and "hf_generate" not in command.flags
 
 
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
 @pytest.mark.parametrize(
     "command",
-    [
-        pytest.param(command, marks=[pytest.mark.slow] if re.search("--repeats|--mode both", command) else [])
-        for command in readme_commands()
-        if command.split()[1] in SCRIPTS
-    ],
+    [pytest.param(command, marks=[] if is_brief(command) else [pytest.mark.slow]) for command in commands(*SCRIPTS)],
+    ids=str,
 )
-def test_the_readme_s_commands_run(
-    command: str, run: Callable[..., int], rows: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documents_commands_run(command: Command, run: Callable[..., int], rows: Path) -> None:
     """Briefly, on the bundled checkpoint and local rows."""
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr("self_speculation.measuring.figures.live_tensor_bytes", lambda: 12345)
-    script, *flags = shlex.split(command)[1:]
-    main, brief = SCRIPTS[script]
-    flags += ["--model", str(BUNDLED_CHECKPOINT)]
+    main, brief = SCRIPTS[command.program]
+    flags = [*command.flags, "--model", str(BUNDLED_CHECKPOINT), "--output_dir", str(rows.parent / "logs")]
     if "--dataset" in flags:
         flags += ["--dataset", "custom_jsonl", "--data_path", str(rows)]
     if main is generate.main and "--prompt" not in flags:

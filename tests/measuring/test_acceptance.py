@@ -22,16 +22,8 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.measuring.prediction import (
-    CALLS,
-    ROUNDS,
-    PassCosts,
-    Profile,
-    acceptance_chances,
-    measure_passes,
-    predict,
-    profile,
-)
+from self_speculation.measuring.passes import CALLS, ROUNDS, PassCosts, measure_passes
+from self_speculation.measuring.prediction import Profile, acceptance_chances, predict, profile
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 LAYERS = 6
@@ -337,7 +329,7 @@ def test_a_pass_costs_the_median_of_its_rounds(
     assert len(durations) == 2 * ROUNDS
     readings = iter([reading for duration in durations for reading in (0.0, duration * CALLS)])
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
-    monkeypatch.setattr("self_speculation.measuring.prediction.time", clock)
+    monkeypatch.setattr("self_speculation.measuring.passes.time", clock)
     assert measure_passes(agreeing_model, request_of_passes, [(2, 3)]) == PassCosts({2: 10}, {(2, 3): 20})
     assert list(readings) == []
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.texts import read_texts, split_held_out
 
 
 def test_texts_come_from_files_and_json_lines(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is trained on: texts and streams in the hub's layout, files of texts, and tasks' prompts with responses."""
+"""What train.py reads: texts of files and of the hub's layout, streams, prompts with responses."""
 
 import json
 import subprocess
@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
-from self_speculation.prompts.sources import Examples, Sizes, Stream, TextArguments, Texts, read_source
-from self_speculation.training.packing import Packing
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.sources import Examples, Stream, Texts, read_source
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -19,9 +18,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_in_the_hubs_layout(
-    suffix: str, streaming: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_dataset_in_the_hubs_layout(suffix: str, streaming: bool, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [{"content": f"text {number}"} for number in range(30)]
     folder = tmp_path / "own"
@@ -36,8 +33,6 @@ def test_a_dataset_in_the_hubs_layout(
     assert sorted(training + source.held_out) == sorted(row["content"] for row in rows)
     assert len(source.held_out) == 3
     assert training != sorted(training)
-    blocks, held_out = source.datasets(tokenizer, Sizes(8, 2, Packing()))
-    assert len(list(blocks)) > len(held_out) == 2
     if streaming:
         assert list(read_source(TextArguments(**flags, streaming=True), seed=5).training()) == training
         assert list(read_source(TextArguments(**flags, streaming=True), seed=6).training()) != training
@@ -59,7 +54,7 @@ def test_parquet_files_are_texts(tmp_path: Path) -> None:
     assert (len(source.training), len(source.held_out)) == (8, 2)
 
 
-def test_task_rows_of_train_and_eval_files(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_task_rows_of_train_and_eval_files(tmp_path: Path) -> None:
     for split, count in (("train", 6), ("eval", 2), ("test", 3)):
         rows = [
             {"domain": split, "utterance": f"wake me at {number}", "semantic_parse": f"[IN:WAKE {number} ]"}
@@ -73,13 +68,6 @@ def test_task_rows_of_train_and_eval_files(tokenizer: PreTrainedTokenizerFast, t
     assert (len(source.training), len(source.held_out)) == (6, 2)
     order = [example.row["utterance"] for example in source.training]
     assert order != sorted(order)
-    blocks, held_out = source.datasets(tokenizer, Sizes(256, 1, Packing()))
-    assert (len(blocks), len(held_out)) == (6, 1)
-    item = blocks[0]
-    labelled = item["labels"][item["labels"] != -100].tolist()
-    assert tokenizer.decode(labelled) == f" {source.training[0].row['semantic_parse']}</s>"
-    prompt = tokenizer.decode(item["input_ids"][item["labels"] == -100].tolist())
-    assert prompt == "<s>" + source.training[0].prompt
 
 
 def test_task_rows_of_one_file_are_split(tmp_path: Path) -> None:
@@ -111,16 +99,6 @@ def test_task_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {example.row["question"].split()[0] for example in source.held_out} == {"test"}
 
 
-def test_a_long_article_is_cut_and_its_summary_stays(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    row = {"document": "word " * 300, "summary": "all of the summary"}
-    write_rows(tmp_path / "rows.jsonl", [row, row | {"summary": "the other"}])
-    source = read_source(TextArguments(dataset="xsum_summarization", data_path=[str(tmp_path)], held_out=0.5), seed=1)
-    for data in source.datasets(tokenizer, Sizes(120, 1, Packing())):
-        [item] = list(data)[:1]
-        assert 110 < len(item["input_ids"]) <= 120
-        assert tokenizer.decode(item["input_ids"].tolist()).endswith(("all of the summary</s>", "the other</s>"))
-
-
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -143,6 +121,6 @@ def test_train_imports_without_datasets() -> None:
 
 
 @pytest.mark.slow
-def test_real_parses_are_read(tokenizer: PreTrainedTokenizerFast, data_folder: Path) -> None:
+def test_real_parses_are_read(data_folder: Path) -> None:
     source = read_source(TextArguments(dataset="top_v2", data_path=[str(data_folder / "topv2")]), seed=1)
     assert (len(source.training), len(source.held_out)) == (124_597, 17_160)

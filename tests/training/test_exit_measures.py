@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.loading import recommendation
+from self_speculation.loading import read_recommendation
 from self_speculation.measuring.exit_report import exit_table
 from self_speculation.measuring.recommendation import candidates, recommend
 from self_speculation.training.arguments import LayerSkipArguments
@@ -121,7 +121,7 @@ def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreT
         assert kept == {"exit_layer": best.exit_layer, "num_speculations": best.num_speculations}
         assert best.exit_layer in (2, 4)
         assert 0 <= best.acceptance_rate <= 1
-        advice = recommendation(str(folder), 6)
+        advice = read_recommendation(str(folder), 6)
         assert (advice.exit_layer, advice.num_speculations) == (best.exit_layer, best.num_speculations)
     finally:
         (folder / "layerskip.json").unlink(missing_ok=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import commands
 from transformers import TrainingArguments
 
 from self_speculation.commands import train
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.prompts.sources import TextArguments
+from self_speculation.prompts.arguments import TextArguments
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.models import TrainedModelArguments
 
@@ -66,12 +67,11 @@ def test_recipe_says_the_command_that_runs_it(name: str) -> None:
     assert parsed(*flags)["recipe"] == name
 
 
-def test_the_readmes_commands_are_understood() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"^(?:python|torchrun .*) train\.py (.*)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 4
-    for command in commands:
-        assert parsed(*shlex.split(command))["output_dir"].startswith("runs/")
+def test_the_documents_commands_are_understood() -> None:
+    found = commands("train")
+    assert len(found) >= 4
+    for command in found:
+        assert parsed(*command.flags)["output_dir"].startswith("runs/")
 
 
 def test_flags_beside_a_recipe_win(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""The three lines of the façade: what it offers, what it fills in, and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, TextStreamer
+
+import self_speculation
+from self_speculation import AutoregressiveStrategy, GenerationConfig, HuggingfaceLlamaGenerator, generate, load
+
+PROMPTS = ["def add(a, b):", "class Stack:"]
+
+
+def test_every_name_that_is_offered_is_there() -> None:
+    assert {name for name in self_speculation.__all__ if getattr(self_speculation, name) is None} == set()
+    assert set(self_speculation.__all__) <= set(dir(self_speculation))
+    with pytest.raises(AttributeError, match="no attribute 'speculate'"):
+        self_speculation.speculate  # noqa: B018
+
+
+def test_one_prompt_gives_one_result_and_a_list_a_list(folder: Path) -> None:
+    model, tokenizer = load(folder, dtype="float64")
+    settings = {"max_new_tokens": 12, "sample": False}
+    plain = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+    expected = plain.generate(PROMPTS, GenerationConfig(**settings))
+    together = generate(model, tokenizer, PROMPTS, **settings)
+    alone = [generate(model, tokenizer, prompt, **settings) for prompt in PROMPTS]
+    assert [result.tokens for result in together] == [result.tokens for result in expected]
+    assert [result.tokens for result in alone] == [result.tokens for result in expected]
+
+
+def test_what_is_not_given_is_the_checkpoint_s_recommendation(folder: Path) -> None:
+    """A quarter of six layers is one, with four drafts; what is given stays."""
+    model, tokenizer = load(folder, dtype="float64")
+    surely_rejected = generate(model, tokenizer, PROMPTS[0], max_new_tokens=5, sample=False)
+    assert max(len(step.drafted) for step in surely_rejected.steps) == 4
+    all_layers = generate(model, tokenizer, PROMPTS[0], max_new_tokens=6, sample=False, exit_layer=6)
+    assert [len(step.tokens) for step in all_layers.steps] == [5, 1]
+    plain = generate(model, tokenizer, PROMPTS[0], max_new_tokens=5, generation_strategy="autoregressive")
+    assert plain.num_drafted == 0
+
+
+def test_load_hands_options_to_from_pretrained(folder: Path) -> None:
+    model, _ = load(folder, device="cpu", dtype="float32", num_hidden_layers=3)
+    assert (model.config.num_hidden_layers, model.dtype) == (3, torch.float32)
+
+
+def test_an_answer_is_streamed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load(folder)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result = generate(model, tokenizer, PROMPTS[0], streamer, max_new_tokens=8, sample=False)
+    assert capsys.readouterr().out == result.text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("ask", "error"),
+    [
+        (lambda model, tokenizer: generate(model, tokenizer, "x", max_new_tokens=-1), ValueError),
+        (lambda model, tokenizer: generate(model, tokenizer, "x", exit_layer=7), ValueError),
+        (lambda model, tokenizer: generate(model, tokenizer, "x", beams=2), TypeError),
+        (lambda model, tokenizer: load("no/such/folder"), ValueError),
+    ],
+    ids=["limit", "layer", "name", "model"],
+)
+def test_mistakes_are_refused(
+    ask: Callable[..., object], error: type[Exception], model: LlamaForCausalLM, folder: Path
+) -> None:
+    _, tokenizer = load(folder)
+    with pytest.raises(error):
+        ask(model, tokenizer)
