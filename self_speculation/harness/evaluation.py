@@ -17,8 +17,7 @@ from self_speculation.harness.fitted_prompts import FittedPrompts
 from self_speculation.harness.loaded_tasks import LoadedTasks
 from self_speculation.harness.logs import logging_at
 from self_speculation.harness.speed_figures import SpeedFigures
-
-Results = dict[str, Any]
+from self_speculation.harness.task_metrics import Results
 
 
 @dataclass

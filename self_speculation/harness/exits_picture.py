@@ -6,8 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from self_speculation.harness.evaluation import Results
-from self_speculation.harness.task_metrics import main_metrics, metrics
+from self_speculation.harness.task_metrics import Results, main_metrics, metrics
 
 
 def plot_exits(results: Results, path: Path) -> None:

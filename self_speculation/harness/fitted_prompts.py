@@ -4,9 +4,9 @@ from functools import partial
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.drawn_shots import DrawnShots
 from self_speculation.prompts.fitting import longest_that_fits
 from self_speculation.prompts.words import word_spans
@@ -22,7 +22,7 @@ class FittedPrompts:
     stays. What cannot be shortened so is left to the model, which cuts the prompt's beginning.
     """
 
-    def __init__(self, task: ConfigurableTask, lm: LayerSkipLM) -> None:
+    def __init__(self, task: ConfigurableTask, lm: HFLM) -> None:
         self.task = task
         self.lm = lm
         self.build = task.fewshot_context

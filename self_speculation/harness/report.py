@@ -8,9 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from self_speculation.harness.evaluation import Results
 from self_speculation.harness.exits_picture import plot_exits
-from self_speculation.harness.task_metrics import main_metrics, metrics
+from self_speculation.harness.task_metrics import Results, main_metrics, metrics
 
 SPEED_COLUMNS = {
     "answers": ("answers", "{:.0f}"),

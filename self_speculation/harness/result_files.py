@@ -7,7 +7,7 @@ from typing import Any
 from lm_eval.loggers import EvaluationTracker
 
 from self_speculation.harness.adapter import LayerSkipLM
-from self_speculation.harness.evaluation import Results
+from self_speculation.harness.task_metrics import Results
 from self_speculation.loading import ModelArguments
 from self_speculation.settings import by_flag
 

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from self_speculation.harness.evaluation import Results
+# What lm-eval returns, and what we add to it.
+Results = dict[str, Any]
+
 
 # Entries of a task's results that are not metrics.
 NOT_METRICS = {"name", "alias", "sample_len", "sample_count"}
