@@ -18,7 +18,7 @@ from self_speculation.loading import (
     make_strategy,
     read_recommendation,
 )
-from self_speculation.measuring.equivalence import Cell, Difference, compare, first_difference, logit_margin
+from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
 from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
 from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
@@ -102,10 +102,10 @@ def test_ties_and_failures() -> None:
     tie, failure = Difference(0, 3, 5, 6, 1e-7, 1e-6), Difference(0, 3, 5, 6, 1e-5, 1e-6)
     end = Difference(0, 3, 5, None, None, None)
     assert [difference.is_tie for difference in (tie, failure, end)] == [True, False, False]
-    assert Cell(1, 1, num_samples=100, differences=[tie]).is_correct
-    assert not Cell(1, 1, num_samples=99, differences=[tie]).is_correct
-    assert not Cell(1, 1, num_samples=1000, differences=[failure]).is_correct
-    assert not Cell(1, 1, num_samples=1000, differences=[end]).is_correct
+    assert CellReport(1, 1, num_samples=100, differences=[tie]).is_correct
+    assert not CellReport(1, 1, num_samples=99, differences=[tie]).is_correct
+    assert not CellReport(1, 1, num_samples=1000, differences=[failure]).is_correct
+    assert not CellReport(1, 1, num_samples=1000, differences=[end]).is_correct
 
 
 def test_the_margin_is_that_of_the_two_logits_in_float32(make_model: Callable[..., LlamaForCausalLM]) -> None:

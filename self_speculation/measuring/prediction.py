@@ -99,20 +99,19 @@ def acceptance_chances(
 
 def predict(profiles: list[Profile], cells: Sequence[Cell], costs: PassCosts) -> list[Prediction]:
     """Every cell's tokens a second over the profiled answers; the profiles have the cells' exit layers in order."""
-    rows = {exit_layer: row for row, exit_layer in enumerate(sorted({exit_layer for exit_layer, _ in cells}))}
+    rows = {exit_layer: row for row, exit_layer in enumerate(sorted({cell.exit_layer for cell in cells}))}
     counts = {
         drafts: [step_counts(one.chances_EN, drafts, one.limit) for one in profiles]
-        for drafts in {drafts for _, drafts in cells}
+        for drafts in {cell.num_speculations for cell in cells}
     }
     num_tokens = sum(len(one.result.tokens) for one in profiles)
     prefill_seconds = sum(one.result.prefill_seconds for one in profiles)
     predictions = []
-    for exit_layer, drafts in cells:
-        row = rows[exit_layer]
-        steps = sum(float(one.steps_E[row]) for one in counts[drafts])
-        drafted = sum(float(one.drafted_E[row]) for one in counts[drafts])
-        accepted = sum(float(one.accepted_E[row]) for one in counts[drafts])
-        seconds = prefill_seconds + costs.seconds((exit_layer, drafts), steps, drafted)
-        rates = (num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps)
-        predictions.append(Prediction(exit_layer, drafts, *rates))
+    for cell in cells:
+        row, own = rows[cell.exit_layer], counts[cell.num_speculations]
+        steps = sum(float(one.steps_E[row]) for one in own)
+        drafted = sum(float(one.drafted_E[row]) for one in own)
+        accepted = sum(float(one.accepted_E[row]) for one in own)
+        seconds = prefill_seconds + costs.seconds(cell, steps, drafted)
+        predictions.append(Prediction(*cell, num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps))
     return predictions
