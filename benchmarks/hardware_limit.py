@@ -75,7 +75,7 @@ class LimitArguments(Settings):
     prompt_tokens: int = setting(64, help="Tokens of every prompt, random.", at_least=1)
     num_prompts: int = setting(2, help="Prompts at batch 1.", at_least=1)
     repeats: int = setting(2, help="Rounds; times are medians over them.", at_least=1)
-    rivals: list[str] = field(
+    rivals: list[str] = setting(
         default_factory=lambda: list(RIVALS),
         help=f"Of transformers' own: {', '.join(RIVALS)}; hf_static compiles, which takes its time.",
     )

@@ -112,7 +112,7 @@ def predict(profiles: list[Profile], cells: Sequence[Cell], costs: PassCosts) ->
         steps = sum(float(one.steps_E[row]) for one in counts[drafts])
         drafted = sum(float(one.drafted_E[row]) for one in counts[drafts])
         accepted = sum(float(one.accepted_E[row]) for one in counts[drafts])
-        seconds = prefill_seconds + costs.seconds((exit_layer, drafts), steps, drafted)
+        seconds = prefill_seconds + costs.seconds(Cell(exit_layer, drafts), steps, drafted)
         rates = (num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps)
         predictions.append(Prediction(exit_layer, drafts, *rates))
     return predictions
