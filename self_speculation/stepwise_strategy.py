@@ -14,10 +14,12 @@ from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.compilation import BACKEND, CompiledSteps
 from self_speculation.decoding.early_exit import token_device
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.rows import Rows, prefill
+from self_speculation.decoding.prefill import prefill
+from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.sampling import warpers
 from self_speculation.decoding.session import EagerStep, Session, Step
 from self_speculation.decoding.step import EagerPasses, StepPlan
-from self_speculation.decoding.verification import verification_rule
+from self_speculation.decoding.verification import GreedyRule, SamplingRule, VerificationRule
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
 
 
@@ -71,3 +73,10 @@ class StepwiseStrategy(GenerationStrategy):
         capacity = longest + plan.num_speculations + 1
         cache = PositionAddressedCache(self.model.config.num_hidden_layers, capacity, token_device(self.model))
         return EagerStep(passes, Rows.empty(cache, len(request.prompts), request.config.sample))
+
+
+def verification_rule(config: GenerationConfig) -> VerificationRule:
+    """Greedy decoding, or sampling with the config's filters."""
+    if not config.sample:
+        return GreedyRule()
+    return SamplingRule(warpers(config.temperature, config.top_k, config.top_p))

@@ -12,7 +12,6 @@ Shapes: B batch, T positions of a pass, C capacity, W visible prefix (W ≤ C), 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,24 +27,6 @@ def round_up(length: int) -> int:
 def power_of_two(length: int) -> int:
     """The next power of two, from four buckets up: so few shapes that each can have a graph of its own."""
     return max(1 << (length - 1).bit_length(), 4 * BUCKET)
-
-
-class KeyValueAccess(Protocol):
-    """What one pass may read and write."""
-
-    @property
-    def mask_B1TW(self) -> Tensor | None:  # noqa: N802 (a shape)
-        """The keys that each position sees; None where `sdpa` is causal by itself."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, T, K) of a layer; returns those that its queries read, (B, H, W, K)."""
-
-
-class KeyValueStore(Protocol):
-    """Where keys and values come from: the cache, or nothing but the pass itself."""
-
-    def access(self, positions_BT: Tensor) -> KeyValueAccess:
-        """What a pass over these positions may read and write."""
 
 
 class PositionAddressedCache:

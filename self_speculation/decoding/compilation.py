@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, power_of_two, round_up
 from self_speculation.decoding.early_exit import token_device
 from self_speculation.decoding.fused_layers import fuse, weight_version
+from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.request import GenerationRequest
-from self_speculation.decoding.rows import Rows, prefill
+from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftGiven, EagerPasses, StepOutcome, speculative_step
 
 Function = Callable[..., Any]

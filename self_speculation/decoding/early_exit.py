@@ -8,15 +8,23 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from self_speculation.decoding.cache import KeyValueStore, Uncached
-from self_speculation.decoding.fused_layers import SharedInputs, fused_layer, is_summed, linear
+from self_speculation.decoding.cache import Uncached
+from self_speculation.decoding.fused_layers import KeyValueAccess, SharedInputs, fused_layer, is_summed, linear
 
 ROPE_PER_CALL = ("dynamic", "longrope")
+
+
+class KeyValueStore(Protocol):
+    """Where keys and values come from: the cache, or nothing but the pass itself."""
+
+    def access(self, positions_BT: Tensor) -> KeyValueAccess:
+        """What a pass over these positions may read and write."""
 
 
 def check_supported(model: PreTrainedModel) -> None:

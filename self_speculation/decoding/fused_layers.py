@@ -10,6 +10,7 @@ key-value heads, K head dimension.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,20 @@ from transformers import LlamaForCausalLM
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from self_speculation.decoding.cache import KeyValueAccess
-
 # The longest call whose queries are folded: there it saves time, and its mask is small.
 MOST_FOLDED = 64
 PLAIN_MODULES = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation}
+
+
+class KeyValueAccess(Protocol):
+    """What one pass may read and write."""
+
+    @property
+    def mask_B1TW(self) -> Tensor | None:  # noqa: N802 (a shape)
+        """The keys that each position sees; None where `sdpa` is causal by itself."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, T, K) of a layer; returns those that its queries read, (B, H, W, K)."""
 
 
 @dataclass(frozen=True)

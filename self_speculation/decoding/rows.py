@@ -3,17 +3,15 @@
 Between steps every layer has cached exactly `tokens[:-1]` of each row; the last token is *pending*, no layer has read
 it yet. Prefill makes that true, and every step leaves it true.
 
-Shapes: B batch, T positions of this call, C capacity, D hidden size, S noise streams.
+Shapes: B batch, T positions of this call, C capacity, S noise streams.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.early_exit import embed, run_layers
 from self_speculation.decoding.sampling import noise
 
 
@@ -90,20 +88,6 @@ class Rows:
         )
         self.noise_BCS = None if self.noise_BCS is None else self.noise_BCS[index_B]
         self.cache.keep(index_B)
-
-
-def prefill(model: LlamaForCausalLM, rows: Rows, num_layers: int, chunk: int | None = None) -> None:
-    """Cache `tokens[:-1]` of every row in the first `num_layers` layers: over right-padded prompts, without LM head.
-
-    In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes.
-    """
-    longest = int(rows.lengths_B.max()) - 1
-    chunk = chunk or max(longest, 1)
-    for first in range(0, longest, chunk):
-        last = min(first + chunk, longest)
-        rows.cache.see(last, is_prefill=first == 0)
-        positions_BT = torch.arange(first, last, device=rows.lengths_B.device).expand(len(rows.lengths_B), -1)
-        run_layers(model, embed(model, rows.read(positions_BT)), range(num_layers), positions_BT, rows.cache)
 
 
 def _padded(prompts: list[list[int]], capacity: int) -> Tensor:

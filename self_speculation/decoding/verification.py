@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.decoding.config import GenerationConfig
 from self_speculation.decoding.sampling import (
     ACCEPT_STREAM,
     DRAFT_STREAM,
     RECOVER_STREAM,
     draw,
     probabilities,
-    warpers,
 )
 
 
@@ -92,13 +90,6 @@ class SamplingRule:
         recovered_B1V = recovered_distribution(_at_position(p_BTV, last_B1), _at_position(q_BTV, last_B1))
         recovered_B1 = draw(recovered_B1V, noise_BTS[..., RECOVER_STREAM].gather(1, last_B1))
         return Verdict(F.pad(draft.tokens_Bd, (0, 1)).scatter(1, last_B1, recovered_B1), accepted_B)
-
-
-def verification_rule(config: GenerationConfig) -> VerificationRule:
-    """Greedy decoding, or sampling with the config's filters."""
-    if not config.sample:
-        return GreedyRule()
-    return SamplingRule(warpers(config.temperature, config.top_k, config.top_p))
 
 
 def accepted_prefix(accepts_Bd: Tensor, lengths_B: Tensor) -> Tensor:

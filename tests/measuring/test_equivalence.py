@@ -14,7 +14,6 @@ from self_speculation.autoregressive_generator import AutoregressiveStrategy, Ea
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome, StepPlan, speculative_step
 from self_speculation.decoding.stopping import StopRule
-from self_speculation.decoding.verification import verification_rule
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -22,6 +21,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.stepwise_strategy import verification_rule
 
 MAX_STEPS = 14
 LENGTHS = (1, 2, 3, 17, 60, 64, 65, 70)

@@ -2,7 +2,6 @@
 
 import random
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +68,33 @@ def _splits(rows: dict[str, list[Row]]) -> DatasetDict:
     return DatasetDict({split: Dataset.from_list(own) for split, own in rows.items()})
 
 
-@dataclass(frozen=True)
 class Prompt:
     """A row's prompt, as a model is trained on it and `benchmark.py` asks it."""
 
-    dataset: DatasetName
+    def __init__(self, dataset: DatasetName) -> None:
+        self.dataset = dataset
 
     def __call__(self, doc: Row) -> str:
         return _example(self.dataset, doc).message
 
+    def __str__(self) -> str:
+        """What result files say in the place of a template."""
+        return f"the prompt of {self.dataset}"
 
-@dataclass(frozen=True)
+
 class Response:
     """A row's response, without what stands between a prompt and it: lm-eval's `target_delimiter`."""
 
-    dataset: DatasetName
-    delimiter: str = " "
+    def __init__(self, dataset: DatasetName, delimiter: str = " ") -> None:
+        self.dataset = dataset
+        self.delimiter = delimiter
 
     def __call__(self, doc: Row) -> str:
         return _example(self.dataset, doc).response.removeprefix(self.delimiter)
+
+    def __str__(self) -> str:
+        """What result files say in the place of a template."""
+        return f"the response of {self.dataset}"
 
 
 def _example(dataset: DatasetName, doc: Row) -> Example:
