@@ -1,7 +1,6 @@
 """The benchmark: its documents, and runs that were killed."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -145,7 +144,7 @@ def test_the_share_of_the_ideal(batch_size: int, run_benchmark: Callable[..., di
         asked.append((list(map(len, request.prompts)), cells))
         return PassCosts({2: 2.0}, {(2, 3): 5.0, (6, 0): 4.0})
 
-    main = partial(benchmark.main, dataclasses.replace(QUICK, pass_costs=measure))
+    main = partial(benchmark.main, QUICK, measure)
     flags = ["--random_shuffle", "False", "--num_speculations", 3, "--batch_size", batch_size, "--score_text", "False"]
     figures = run_benchmark("--generation_strategy", "autoregressive", "self_speculative", *flags, main=main)
     lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")
