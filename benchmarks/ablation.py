@@ -13,7 +13,7 @@ import json
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, default_data
 
 from benchmarks.small_models import (
     AUTOREGRESSIVE,
-    Cell,
     Run,
     SideBySide,
     SmallModelArguments,
@@ -42,13 +41,16 @@ from benchmarks.small_models import (
     markdown,
 )
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import TextArguments, read_texts, split_held_out
-from self_speculation.settings import by_flag
-from self_speculation.training.exit_measures import evaluate_exits
-from self_speculation.training.packing import PackedTexts, Packing, train_tokenizer
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.prompts.texts import read_texts, split_held_out
+from self_speculation.settings import Settings, by_flag, setting
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.packing import PackedTexts, Packing
+from self_speculation.training.tokenizer import train_tokenizer
 
 # Tests, and tables of characters and of help texts, which are not what programs look like.
 LEFT_OUT = ["site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"]
@@ -62,31 +64,27 @@ TABLE_DRAFTS = 4
 
 
 @dataclass
-class AblationArguments:
+class AblationArguments(Settings):
     """Which texts and seeds, and what to decode."""
 
-    data_path: list[str] = field(
+    data_path: list[str] = setting(
         default_factory=lambda: [sysconfig.get_paths()["stdlib"]],
-        metadata={"help": "Folders of Python source; the standard library without tests and tables by default."},
+        help="Folders of Python source; the standard library without tests and tables by default.",
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A model of each variant for each."})
-    block_size: int = field(default=256, metadata={"help": "Tokens in a training sequence."})
-    eval_blocks: int = field(default=128, metadata={"help": "Held-out sequences for loss and acceptance."})
-    num_prompts: int = field(default=16, metadata={"help": "More of them for speed; the first half choose (E, d)."})
-    prompt_tokens: int = field(default=64, metadata={"help": "Tokens of a prompt."})
-    max_steps: int = field(default=64, metadata={"help": "New tokens of an answer."})
-    num_speculations: list[int] = field(
-        default_factory=lambda: [2, 4, 6], metadata={"help": "Draft lengths to try at L/4 and L/2; the table has 4."}
+    seeds: list[int] = setting(default_factory=lambda: [0, 1, 2], help="A model of each variant for each.")
+    block_size: int = setting(256, help="Tokens in a training sequence.", at_least=2)
+    eval_blocks: int = setting(128, help="Held-out sequences for loss and acceptance.", at_least=1)
+    num_prompts: int = setting(16, help="More of them for speed; the first half choose (E, d).", at_least=2)
+    prompt_tokens: int = setting(64, help="Tokens of a prompt.")
+    max_steps: int = setting(64, help="New tokens of an answer.", at_least=1)
+    num_speculations: list[int] = setting(
+        default_factory=lambda: [2, 4, 6], help="Draft lengths to try at L/4 and L/2; the table has 4."
     )
-    repeats: int = field(default=2, metadata={"help": "Rounds over the prompts; times are medians."})
-    resume: bool = field(default=False, metadata={"help": "Go on with the run in --output_dir that was interrupted."})
+    repeats: int = setting(2, help="Rounds over the prompts; times are medians.", at_least=1)
+    resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 2), ("eval_blocks", 1), ("num_prompts", 2), ("max_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, not {self.repeats}.")
+        super().__post_init__()
         if not 1 <= self.prompt_tokens <= self.block_size:
             raise ValueError(f"--prompt_tokens must lie between 1 and --block_size, not {self.prompt_tokens}.")
         if not self.seeds:

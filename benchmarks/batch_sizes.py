@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
-from self_speculation.generator_base import GenerationConfig, check_exit_layer
-from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, recommendation
-from self_speculation.measuring.equivalence import Cell, compare
-from self_speculation.measuring.figures import Contestant, Round, interleaved, ratio, totals
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.measuring.contestants import Contestant, interleaved, make_contestants
+from self_speculation.measuring.equivalence import CellReport, compare
+from self_speculation.measuring.figures import Times, Totals
+from self_speculation.measuring.measurements import Round, ratio
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
-from self_speculation.settings import by_flag, setting
+from self_speculation.measuring.tables import plain_table
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
+from self_speculation.settings import Settings, by_flag, setting
 
 STRATEGIES = ("autoregressive", "self_speculative")
 # The batch whose throughput over batch 1's is told at the end, if it was measured.
@@ -66,22 +69,20 @@ Batched = dict[tuple[str, int], list[Round]]
 
 
 @dataclass
-class BatchSizesArguments:
+class BatchSizesArguments(Settings):
     """Which batch sizes, and how often."""
 
-    batch_sizes: list[int] = field(
+    batch_sizes: list[int] = setting(
         default_factory=lambda: [1, 2, 4, 8, 16, 32],
-        metadata={
-            "help": "Prompts answered together; 1 is always measured. All sizes answer the same prompts, as many as "
-            "every size divides: the first of the data's, again from the first where there are too few."
-        },
+        help="Prompts answered together; 1 is always measured. All sizes answer the same prompts, as many as "
+        "every size divides: the first of the data's, again from the first where there are too few.",
     )
-    repeats: int = field(default=3, metadata={"help": "Rounds; figures are medians over them."})
+    repeats: int = setting(3, help="Rounds; figures are medians over them.", at_least=1)
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_sizes", min(self.batch_sizes)), ("repeats", self.repeats)):
-            if least < 1:
-                raise ValueError(f"--{name} must be at least 1, not {least}.")
+        super().__post_init__()
+        if min(self.batch_sizes) < 1:
+            raise ValueError(f"--batch_sizes must be at least 1, not {min(self.batch_sizes)}.")
         self.batch_sizes = sorted({1, *self.batch_sizes})
 
 
@@ -90,9 +91,9 @@ class BatchSizesConfig(GenerationConfig):
     """Greedy decoding, by both strategies."""
 
     max_new_tokens: int = setting(64, help="Most new tokens.", at_least=2, flag="max_steps")
-    sample: bool = field(default=False, metadata={"help": "Must be False: ties are judged by the greatest logits."})
-    generation_strategy: str = field(
-        default="self_speculative", metadata={"help": "Accepted, and always autoregressive and self_speculative."}
+    sample: bool = setting(False, help="Must be False: ties are judged by the greatest logits.")
+    generation_strategy: str = setting(
+        "self_speculative", help="Accepted, and always autoregressive and self_speculative."
     )
 
     def __post_init__(self) -> None:
@@ -100,9 +101,15 @@ class BatchSizesConfig(GenerationConfig):
         if self.sample:
             raise ValueError("--sample must be False: whether sampled texts differ by a tie cannot be judged.")
 
+    def of_both_strategies(self) -> dict[str, GenerationConfig]:
+        """Their configs; the exit layer and the draft length are for drafting."""
+        own = self.generation(generation_strategy="self_speculative")
+        plain = dataclasses.replace(own, generation_strategy="autoregressive", exit_layer=None, num_speculations=None)
+        return {one.generation_strategy: one for one in (plain, own)}
+
 
 @one_sentence_errors()
-def main() -> None:
+def main(kind: type[Contestant] = Contestant) -> None:
     arguments, model_arguments, dataset, config, output = groups = parse(
         BatchSizesArguments, ModelArguments, DatasetArguments, BatchSizesConfig, OutputArguments, description=__doc__
     )
@@ -110,9 +117,8 @@ def main() -> None:
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    contestants = make_contestants(
-        model, tokenizer, config, recommendation(model_arguments.model, len(model.model.layers))
-    )
+    advice = read_recommendation(model_arguments.model, len(model.model.layers))
+    contestants = make_contestants(model, tokenizer, config.of_both_strategies(), advice, kind)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     encode = contestants["autoregressive"].generator.encode
@@ -130,16 +136,6 @@ def main() -> None:
     print(verdict(rounds, list(texts.values())))
     if not all(cell.is_correct for cell in texts.values()):
         raise SystemExit(1)
-
-
-def make_contestants(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, advice: Recommendation
-) -> dict[str, Contestant]:
-    """Both strategies; the exit layer and draft length are those that were given, or else recommended."""
-    own = fill_in(config.generation(generation_strategy="self_speculative"), advice)
-    check_exit_layer(own.exit_layer, model)
-    plain = dataclasses.replace(own, generation_strategy="autoregressive", exit_layer=None, num_speculations=None)
-    return {one.generation_strategy: Contestant.of(model, tokenizer, one) for one in (plain, own)}
 
 
 def whole_batches(prompts: list[list[int]], batch_sizes: list[int]) -> list[list[int]]:
@@ -170,21 +166,19 @@ def measure(
             progress.update()
         for (name, size), one in found.items():
             rounds[name, size].append(one)
-            log.append({"repeat": repeat, "strategy": name, "batch_size": size} | one.times)
+            log.append({"repeat": repeat, "strategy": name, "batch_size": size} | Times.of(one).as_json())
     progress.close()
     return rounds
 
 
-def compared(contestant: Contestant, prompts: list[list[int]], rounds: Batched, key: tuple[str, int]) -> Cell:
+def compared(contestant: Contestant, prompts: list[list[int]], rounds: Batched, key: tuple[str, int]) -> CellReport:
     """Every answer of every round against the strategy's answer to the prompt alone."""
     alone, model, config = rounds[key[0], 1][0].measurements, contestant.generator.model, contestant.config
-    cell = Cell(config.exit_layer or len(model.model.layers), config.num_speculations or 0)
+    report = CellReport(config.exit_layer or len(model.model.layers), config.num_speculations or 0)
     for one in rounds[key]:
         for sample, (prompt, expected, actual) in enumerate(zip(prompts, alone, one.measurements, strict=True)):
-            difference = compare(model, sample, prompt, expected.tokens, actual.tokens)
-            cell.num_samples += 1
-            cell.differences += [difference] if difference else []
-    return cell
+            report.add(compare(model, sample, prompt, expected.tokens, actual.tokens))
+    return report
 
 
 def gains(rounds: Batched, key: tuple[str, int]) -> list[float]:
@@ -193,9 +187,9 @@ def gains(rounds: Batched, key: tuple[str, int]) -> list[float]:
     return [ratio(one.tokens_per_second, alone.tokens_per_second) for one, alone in pairs]
 
 
-def figures(rounds: Batched, key: tuple[str, int], texts: Cell) -> dict[str, Any]:
+def figures(rounds: Batched, key: tuple[str, int], texts: CellReport) -> dict[str, Any]:
     """A row of the table: medians over the rounds, their least and greatest, and how many texts differ."""
-    values = totals(rounds[key])
+    values = Totals.of(rounds[key]).as_json()
     for name in ("tokens_per_second", "decode_seconds_per_token"):
         values[f"{name}_least"], values[f"{name}_greatest"] = values[f"{name}_spread"]
     values |= {"strategy": key[0], "batch_size": key[1], "over_batch_1": statistics.median(gains(rounds, key))}
@@ -252,25 +246,25 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "s/batch",
         "texts as\nalone",
     )
-    result = Table("strategy", box=SIMPLE_HEAD, padding=0)
-    for head in heads:
-        result.add_column(head, justify="right")
-    for row in rows:
-        differing = row["ties"] + row["failures"]
-        result.add_row(
-            row["strategy"],
-            str(row["batch_size"]),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['over_batch_1']:.2f}",
-            f"{row['decode_tokens_per_second']:.1f}",
-            f"{row['decode_seconds_per_token'] * 1e3:.2f}",
-            f"{row['mean_batch_seconds']:.2f}",
-            "all" if not differing else f"all but {differing}",
-        )
-    return result
+    return plain_table(("strategy", *heads), map(as_text, rows))
 
 
-def verdict(rounds: Batched, texts: list[Cell]) -> str:
+def as_text(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row's cells."""
+    differing = row["ties"] + row["failures"]
+    return (
+        row["strategy"],
+        str(row["batch_size"]),
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['over_batch_1']:.2f}",
+        f"{row['decode_tokens_per_second']:.1f}",
+        f"{row['decode_seconds_per_token'] * 1e3:.2f}",
+        f"{row['mean_batch_seconds']:.2f}",
+        "all" if not differing else f"all but {differing}",
+    )
+
+
+def verdict(rounds: Batched, texts: list[CellReport]) -> str:
     """The gain of a batch of eight (or the largest measured), and whether texts are the same in a batch as alone."""
     sizes = {size for _, size in rounds}
     told = TOLD if TOLD in sizes else max(sizes)

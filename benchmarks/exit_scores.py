@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,27 +25,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from self_speculation.commands.flags import one_sentence_errors, parse
 from self_speculation.harness.continuation_scores import ScoredText, score_continuations
+from self_speculation.settings import Settings, setting
 
 
 @dataclass
-class ScoresArguments:
+class ScoresArguments(Settings):
     """The model's shape, and what to score with it."""
 
-    num_layers: int = field(default=12, metadata={"help": "Layers."})
-    hidden_size: int = field(default=192, metadata={"help": "Width; heads are 32 wide, the MLP 8/3 as wide."})
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens in the vocabulary."})
-    context_tokens: int = field(default=96, metadata={"help": "Tokens of a multiple-choice question."})
-    choice_tokens: int = field(default=8, metadata={"help": "Tokens of each of its four choices."})
-    window_tokens: int = field(default=512, metadata={"help": "Tokens of a window of running text."})
-    batch_size: int = field(default=8, metadata={"help": "Texts in a pass."})
-    num_batches: int = field(default=4, metadata={"help": "Batches in a round."})
-    repeats: int = field(default=5, metadata={"help": "Rounds."})
-    single_runs: bool = field(default=False, metadata={"help": "Also time one run for each exit layer."})
+    num_layers: int = setting(12, help="Layers.", at_least=1)
+    hidden_size: int = setting(192, help="Width; heads are 32 wide, the MLP 8/3 as wide.", at_least=1)
+    vocab_size: int = setting(4096, help="Tokens in the vocabulary.", at_least=1)
+    context_tokens: int = setting(96, help="Tokens of a multiple-choice question.", at_least=1)
+    choice_tokens: int = setting(8, help="Tokens of each of its four choices.", at_least=1)
+    window_tokens: int = setting(512, help="Tokens of a window of running text.", at_least=1)
+    batch_size: int = setting(8, help="Texts in a pass.", at_least=1)
+    num_batches: int = setting(4, help="Batches in a round.", at_least=1)
+    repeats: int = setting(5, help="Rounds.", at_least=1)
+    single_runs: bool = setting(False, help="Also time one run for each exit layer.")
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1 and name != "single_runs":
-                raise ValueError(f"--{name} must be at least 1, not {value}.")
+        super().__post_init__()
         if self.hidden_size % 32:
             raise ValueError(f"--hidden_size must be a multiple of 32, not {self.hidden_size}.")
 

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaForCausalLM
@@ -40,56 +39,54 @@ from benchmarks.synthetic import (
 )
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import STRATEGIES, choose_device
-from self_speculation.measuring.figures import (
-    Contestant,
-    Round,
-    WeightBytes,
-    bandwidth_share,
-    interleaved,
-    speedup,
-    totals,
-)
+from self_speculation.loading import choose_device
+from self_speculation.measuring import tables
+from self_speculation.measuring.ceiling import Ceiling, Memory, WeightBytes
+from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.figures import Comparison, Counts, SpeedUp
+from self_speculation.measuring.measurements import Round
+from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.surroundings import last_level_cache_bytes, memory_bandwidth, surroundings
+from self_speculation.measuring.strategies import RIVALS, STRATEGIES
+from self_speculation.measuring.surroundings import surroundings
+from self_speculation.measuring.tables import styled
+from self_speculation.settings import Settings, setting
 
 OWN = ("autoregressive", "self_speculative")
-RIVALS = ("hf_generate", "hf_early_exit", "hf_static")
 CUDA_SHAPES = ["llama3.2-1b", "llama2-7b"]
 
 Figures = dict[str, Any]
+# Seconds since some moment.
+Clock = Callable[[], float]
 
 
 @dataclass
-class LimitArguments:
+class LimitArguments(Settings):
     """What to measure, and for how long."""
 
-    shapes: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Shapes of benchmarks/synthetic.py. Default on CUDA: {', '.join(CUDA_SHAPES)}."},
+    shapes: list[str] | None = setting(
+        None, help=f"Shapes of benchmarks/synthetic.py. Default on CUDA: {', '.join(CUDA_SHAPES)}."
     )
-    batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8, 16, 32], metadata={"help": "Batches whose throughput is measured."}
+    batch_sizes: list[int] = setting(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32], help="Batches whose throughput is measured."
     )
-    max_steps: int = field(default=256, metadata={"help": "New tokens of every answer."})
-    prompt_tokens: int = field(default=64, metadata={"help": "Tokens of every prompt, random."})
-    num_prompts: int = field(default=2, metadata={"help": "Prompts at batch 1."})
-    repeats: int = field(default=2, metadata={"help": "Rounds; times are medians over them."})
-    rivals: list[str] = field(
-        default_factory=lambda: [name for name in RIVALS if name in STRATEGIES],
-        metadata={"help": f"Of transformers' own: {', '.join(RIVALS)}; hf_static compiles, which takes its time."},
+    max_steps: int = setting(256, help="New tokens of every answer.")
+    prompt_tokens: int = setting(64, help="Tokens of every prompt, random.", at_least=1)
+    num_prompts: int = setting(2, help="Prompts at batch 1.", at_least=1)
+    repeats: int = setting(2, help="Rounds; times are medians over them.", at_least=1)
+    rivals: list[str] = setting(
+        default_factory=lambda: list(RIVALS),
+        help=f"Of transformers' own: {', '.join(RIVALS)}; hf_static compiles, which takes its time.",
     )
-    compile: Literal["none", "default", "max"] = field(
-        default="none", metadata={"help": "How our strategies' steps are compiled; each batch size anew."}
+    compile: Literal["none", "default", "max"] = setting(
+        "none", help="How our strategies' steps are compiled; each batch size anew."
     )
-    minutes: float = field(default=9.0, metadata={"help": "No part begins later than this."})
-    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; CUDA by default where there is any."})
-    dtype: str = field(default="bfloat16", metadata={"help": "float64, float32, bfloat16 or float16."})
+    minutes: float = setting(9.0, help="No part begins later than this.")
+    device: str | None = setting(None, help="cuda, cpu …; CUDA by default where there is any.")
+    dtype: str = setting("bfloat16", help="float64, float32, bfloat16 or float16.")
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "num_prompts", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        super().__post_init__()
         if self.max_steps < 2:
             raise ValueError(f"--max_steps must be at least 2, not {self.max_steps}: the first token is not decoding.")
         if self.prompt_tokens + self.max_steps > CONTEXT:
@@ -99,7 +96,7 @@ class LimitArguments:
         if self.minutes <= 0:
             raise ValueError(f"--minutes must be positive, not {self.minutes}.")
         for name in self.rivals:
-            if name not in RIVALS or name not in STRATEGIES:
+            if name not in RIVALS:
                 raise ValueError(f"--rivals may be {', '.join(RIVALS)}, not {name!r}.")
         for name in self.shapes or ():
             find_shape(name)
@@ -139,23 +136,6 @@ def ideal_speedup(tokens_per_step: float, drafts_per_step: float, shares: ReadSh
     return tokens_per_step * (1 + shares.head) / read
 
 
-@dataclass(frozen=True)
-class Memory:
-    """The device's memory: bytes a second, and the bytes of the cache in front of it."""
-
-    bytes_per_second: float
-    cache_bytes: int | None
-
-    @classmethod
-    def measure(cls, device: torch.device) -> "Memory":
-        """Time a read-only pass."""
-        return cls(memory_bandwidth(device), last_level_cache_bytes(device))
-
-    def bounds(self, weights: WeightBytes) -> bool:
-        """Whether the weights must come from memory each time."""
-        return self.cache_bytes is not None and weights.all > self.cache_bytes
-
-
 @dataclass
 class ShapeStudy:
     """All that is measured of one shape, part by part."""
@@ -164,6 +144,7 @@ class ShapeStudy:
     arguments: LimitArguments
     goal: Goal
     memory: Memory
+    probes: Probes = PROBES
     rounds: dict[str, list[Round]] = field(default_factory=dict)
     batches: dict[int, dict[str, Figures]] = field(default_factory=dict)
 
@@ -188,9 +169,9 @@ class ShapeStudy:
         return [*OWN, *dict.fromkeys(self.arguments.rivals)]
 
     @cached_property
-    def weights(self) -> WeightBytes:
-        """What decoding reads."""
-        return WeightBytes.of(self.model)
+    def ceiling(self) -> Ceiling:
+        """What the memory allows."""
+        return Ceiling(self.memory, WeightBytes.of(self.model))
 
     def config(self, strategy: str) -> GenerationConfig:
         """How a strategy decodes: greedy, with exit layer and draft length if it uses them."""
@@ -220,12 +201,11 @@ class ShapeStudy:
 
     def describe(self) -> Figures:
         """The model, and the ceiling of autoregressive decoding at batch 1 where memory bounds it."""
-        most = self.memory.bytes_per_second / self.weights.all if self.memory.bounds(self.weights) else None
         return {
             "sentence": sentence(self.model.config),
             "parameters": self.model.num_parameters(),
-            "weight_bytes_read": self.weights.all,
-            "most_autoregressive_tokens_per_second": most,
+            "weight_bytes_read": self.ceiling.weights.all,
+            "most_autoregressive_tokens_per_second": self.ceiling.most_tokens_per_second,
             "damping": self.model.config.synthetic_damping,
         }
 
@@ -252,29 +232,29 @@ class ShapeStudy:
 
     def figures(self, name: str, rounds: dict[str, list[Round]]) -> Figures:
         """A strategy's figures over the rounds so far; how near the bandwidth, where that is what bounds."""
-        own, config = rounds[name], self.contestants[name].config
-        share = None
-        if self.memory.bounds(self.weights):
-            share = bandwidth_share(own, config, self.weights, self.memory.bytes_per_second)
-        return totals(own) | speedup(own, rounds[OWN[0]]) | {"rounds": len(own), "bandwidth_share": share}
+        own = rounds[name]
+        share = self.ceiling.share(own, self.contestants[name])
+        return Comparison.of(own, rounds[OWN[0]]).as_json() | {"rounds": len(own), "bandwidth_share": share}
 
     def ideal(self, name: str) -> Figures:
         """Exit layer and draft length, and how near their ideal a strategy that drafts is at batch 1."""
         rounds, config = self.rounds[name], self.contestants[name].config
         cell = {"exit_layer": config.exit_layer, "num_speculations": config.num_speculations}
-        counts = rounds[0].counts
-        if not counts["drafted"]:
+        counts = Counts.of(rounds[0])
+        if not counts.drafted:
             return cell | {"ideal_speedup": None, "ideal_share": None}
         vocab_size = self.model.config.vocab_size
         draft_share = (config.draft_vocab or vocab_size) / vocab_size
-        shares = ReadShares.of(self.weights, config.exit_layer, draft_share)
-        ideal = ideal_speedup(counts["tokens_per_step"], counts["drafted"] / counts["steps"], shares)
-        reached = speedup(rounds, self.rounds[OWN[0]])["decode_speedup"]
+        shares = ReadShares.of(self.ceiling.weights, config.exit_layer, draft_share)
+        ideal = ideal_speedup(counts.tokens_per_step, counts.drafted / counts.steps, shares)
+        reached = SpeedUp.of(rounds, self.rounds[OWN[0]]).decode_speedup
         return cell | {"ideal_speedup": ideal, "ideal_share": reached / ideal}
 
     def add_peaks(self) -> Figures:
         """Every strategy's most memory at batch 1, weights included."""
-        return {"peak_bytes": {name: one.peak_bytes(self.prompts(1)) for name, one in self.contestants.items()}}
+        prompts = self.prompts(1)
+        peaks = {name: one.peak_bytes(prompts, self.probes) for name, one in self.contestants.items()}
+        return {"peak_bytes": peaks}
 
     def add_batch(self, size: int) -> Figures:
         """Our strategies' throughput at a batch size, interleaved, after a run that does not count."""
@@ -292,8 +272,12 @@ class ShapeStudy:
 class Study:
     """Runs the parts of all shapes until the time is up, and writes down what is known after each."""
 
-    def __init__(self, arguments: LimitArguments, goal: Goal, log: RunLog) -> None:
-        self.deadline = time.monotonic() + 60 * arguments.minutes
+    def __init__(
+        self, arguments: LimitArguments, goal: Goal, log: RunLog, probes: Probes = PROBES, clock: Clock = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self.probes = probes
+        self.deadline = clock() + 60 * arguments.minutes
         self.arguments = arguments
         self.goal = goal
         self.log = log
@@ -312,10 +296,10 @@ class Study:
 
     def run(self, note: Callable[[str], None]) -> None:
         """Every shape, one after the other; `note` is told what is done."""
-        memory = Memory.measure(self.device)
+        memory = Memory.measure(self.device, self.probes)
         self.document["memory"] = asdict(memory)
         for shape in self.shapes:
-            self._run_shape(ShapeStudy(shape, self.arguments, self.goal, memory), note)
+            self._run_shape(ShapeStudy(shape, self.arguments, self.goal, memory, self.probes), note)
             # The next model needs the room.
             gc.collect()
             if self.device.type == "cuda":
@@ -325,13 +309,13 @@ class Study:
         found = {"synthetic": True, "name": f"synthetic-{study.shape}"}
         self.document["shapes"][study.shape] = found
         for name, part in study.parts().items():
-            start = time.monotonic()
+            start = self.clock()
             if start > self.deadline:
                 self.document["skipped"].append(f"{study.shape}: {name}")
                 note(f"{study.shape}: {name} skipped, --minutes {self.arguments.minutes:g} are over.")
             else:
                 found |= part()
-                note(f"{study.shape}: {name}, {time.monotonic() - start:.1f} s.")
+                note(f"{study.shape}: {name}, {self.clock() - start:.1f} s.")
             self.log.write(self.document)
             self.markdown.write_text(as_markdown(self.document), encoding="utf-8")
 
@@ -351,19 +335,14 @@ class Grid:
 
     def rich(self) -> Table:
         """For the terminal."""
-        table = Table(box=SIMPLE_HEAD, padding=0)
-        for index, name in enumerate(self.columns):
-            is_name = index < self.num_names
-            table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
-        for row in self.rows:
-            table.add_row(*row)
+        table = tables.plain_table(self.columns, self.rows, self.num_names)
+        for column in table.columns[: self.num_names]:
+            column.no_wrap = True
         return table
 
     def markdown(self) -> str:
         """For a README."""
-        rule = ["---" if index < self.num_names else "--:" for index in range(len(self.columns))]
-        lines = (self.columns, rule, *self.rows)
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return tables.markdown(self.columns, self.rows, self.num_names)
 
 
 SPEED_COLUMNS = (
@@ -382,11 +361,6 @@ SPEED_COLUMNS = (
 BATCH_COLUMNS = ("synthetic model", "batch", *(f"`{name}` tokens/s" for name in OWN), "speed-up", "accepted")
 
 
-def text(value: float | None, style: str) -> str:
-    """A figure, if there is one."""
-    return "" if value is None else style.format(value)
-
-
 def speed_grid(shapes: dict[str, Figures]) -> Grid:
     """Batch 1: a row for each shape and strategy."""
     rows = []
@@ -399,14 +373,14 @@ def speed_grid(shapes: dict[str, Figures]) -> Grid:
                     found["name"],
                     f"`{name}`",
                     f"{one['exit_layer']}, {one['num_speculations']}" if drafts else "",
-                    text(one["decode_tokens_per_second"], "{:.1f}"),
-                    text(one["bandwidth_share"], "{:.1%}"),
-                    text(one["acceptance_rate"], "{:.1%}"),
-                    text(one["tokens_per_step"], "{:.2f}"),
-                    text(one["decode_speedup"], "{:.2f}"),
-                    text(one["ideal_speedup"], "{:.2f}"),
-                    text(one["ideal_share"], "{:.1%}"),
-                    text(peak and peak / 1e9, "{:.2f}"),
+                    styled(one["decode_tokens_per_second"], "{:.1f}"),
+                    styled(one["bandwidth_share"], "{:.1%}"),
+                    styled(one["acceptance_rate"], "{:.1%}"),
+                    styled(one["tokens_per_step"], "{:.2f}"),
+                    styled(one["decode_speedup"], "{:.2f}"),
+                    styled(one["ideal_speedup"], "{:.2f}"),
+                    styled(one["ideal_share"], "{:.1%}"),
+                    styled(peak, "{:.2f}", 1e-9),
                 )
             )
     return Grid(SPEED_COLUMNS, rows, num_names=2)
@@ -447,10 +421,10 @@ def as_markdown(document: Figures) -> str:
 
 
 @one_sentence_errors()
-def main() -> None:
+def main(probes: Probes = PROBES, clock: Clock = time.monotonic) -> None:
     arguments, goal, output = parse(LimitArguments, Goal, OutputArguments, description=__doc__)
     transformers.utils.logging.set_verbosity_error()
-    study = Study(arguments, goal, RunLog(Path(output.output_dir), "hardware_limit"))
+    study = Study(arguments, goal, RunLog(Path(output.output_dir), "hardware_limit"), probes, clock)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     study.run(errors.print)
     # Where there is no terminal, the tables need more room than rich takes.

@@ -4,7 +4,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,15 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.measuring.figures import Contestant, Round, interleaved, speedup, totals
+from self_speculation.measuring import tables
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.figures import Comparison
+from self_speculation.measuring.measurements import Round
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.settings import Settings, setting
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.trainer import LayerSkipTrainer
 
 HEAD_WIDTH = 32
 CONTEXT = 1024
@@ -37,25 +43,21 @@ AUTOREGRESSIVE = "autoregressive"
 
 
 @dataclass
-class SmallModelArguments:
+class SmallModelArguments(Settings):
     """A small Llama, and how long and how fast it learns."""
 
-    num_layers: int = field(default=8, metadata={"help": "Layers, a multiple of four."})
-    hidden_size: int = field(default=128, metadata={"help": "Width; heads are 32 wide, the MLP 8/3 as wide."})
-    vocab_size: int = field(default=2048, metadata={"help": "Tokens of the tokenizer that is trained first."})
-    train_steps: int = field(default=300, metadata={"help": "Optimisation steps of a model."})
-    train_batch_size: int = field(default=8, metadata={"help": "Sequences in a step."})
-    learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate; it falls to zero linearly."})
-    warmup_steps: int = field(default=20, metadata={"help": "Steps in which the learning rate rises."})
-    save_steps: int = field(
-        default=50, metadata={"help": "Steps between checkpoints; a killed run goes on from the last."}
-    )
-    bf16: bool = field(default=True, metadata={"help": "Multiply in bfloat16 while training; weights are float32."})
+    num_layers: int = setting(8, help="Layers, a multiple of four.", at_least=1)
+    hidden_size: int = setting(128, help="Width; heads are 32 wide, the MLP 8/3 as wide.", at_least=1)
+    vocab_size: int = setting(2048, help="Tokens of the tokenizer that is trained first.", at_least=1)
+    train_steps: int = setting(300, help="Optimisation steps of a model.", at_least=1)
+    train_batch_size: int = setting(8, help="Sequences in a step.", at_least=1)
+    learning_rate: float = setting(5e-3, help="Highest learning rate; it falls to zero linearly.")
+    warmup_steps: int = setting(20, help="Steps in which the learning rate rises.")
+    save_steps: int = setting(50, help="Steps between checkpoints; a killed run goes on from the last.", at_least=1)
+    bf16: bool = setting(True, help="Multiply in bfloat16 while training; weights are float32.")
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "vocab_size", "train_steps", "train_batch_size", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        super().__post_init__()
         if self.num_layers % 4:
             raise ValueError(f"--num_layers must be a multiple of four, not {self.num_layers}.")
         if self.hidden_size % (2 * HEAD_WIDTH):
@@ -171,34 +173,14 @@ def begin(log: RunLog, settings: dict[str, Any], resume: bool) -> None:
 
 def markdown(table: pd.DataFrame) -> str:
     """A table with its index as the first column; figures are aligned to the right."""
-    head = [table.index.name or "", *table.columns]
-    ruled = [head, ["---"] + ["--:"] * len(table.columns), *([name, *row] for name, row in table.T.items())]
-    return "".join(f"| {' | '.join(row)} |\n" for row in ruled)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """An exit layer E and a draft length d."""
-
-    exit_layer: int
-    num_speculations: int
-
-    @property
-    def name(self) -> str:
-        """As tables write it."""
-        return f"E={self.exit_layer}, d={self.num_speculations}"
+    return tables.markdown([table.index.name or "", *table.columns], [[name, *row] for name, row in table.T.items()])
 
 
 def greedy(max_steps: int, cells: Sequence[Cell]) -> dict[str, GenerationConfig]:
     """Autoregressive and self-speculative decoding at each cell, by the names that tables give them."""
     config = GenerationConfig(sample=False, max_new_tokens=max_steps)
     return {AUTOREGRESSIVE: config} | {
-        cell.name: config.generation(
-            generation_strategy="self_speculative",
-            exit_layer=cell.exit_layer,
-            num_speculations=cell.num_speculations,
-        )
-        for cell in cells
+        cell.name: config.generation(generation_strategy="self_speculative", **cell._asdict()) for cell in cells
     }
 
 
@@ -228,9 +210,14 @@ class SideBySide:
         return rounds
 
 
-def acceptance_rate(generator: HuggingfaceLlamaGenerator, prompts: list[list[int]], config: GenerationConfig) -> float:
+def acceptance_rate(
+    generator: HuggingfaceLlamaGenerator,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    batch_size: int = BATCH_SIZE,
+) -> float:
     """Accepted over drafted tokens in the answers to all prompts, decoded in batches: nothing is timed."""
-    batches = [prompts[first : first + BATCH_SIZE] for first in range(0, len(prompts), BATCH_SIZE)]
+    batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
     results = [result for batch in tqdm(batches, leave=False) for result in generator.generate(batch, config)]
     return sum(result.num_accepted for result in results) / sum(result.num_drafted for result in results)
 
@@ -252,4 +239,4 @@ def decoding_figures(own: list[Round], baseline: list[Round]) -> dict[str, Any]:
     """Speed, acceptance and speed-up of one way, and how many of its answers differ from autoregressive ones."""
     pairs = zip(own[0].measurements, baseline[0].measurements, strict=True)
     different = sum(mine.tokens != theirs.tokens for mine, theirs in pairs)
-    return totals(own) | speedup(own, baseline) | {"different_answers": different}
+    return Comparison.of(own, baseline).as_json() | {"different_answers": different}

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,7 +35,8 @@ from self_speculation.generator_base import (
 )
 from self_speculation.loading import DTYPES, RECOMMENDATION_FILE, choose_device
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
-from self_speculation.training.packing import train_tokenizer
+from self_speculation.settings import Settings, setting
+from self_speculation.training.tokenizer import train_tokenizer
 
 CONTEXT = 4096
 PROMPT_TOKENS = 32
@@ -105,28 +106,24 @@ SHAPES = {
 
 
 @dataclass
-class Goal:
+class Goal(Settings):
     """What acceptance to reach at which (E, d), and what it is measured on."""
 
-    acceptance: float = field(default=0.7, metadata={"help": "Accepted over drafted tokens to reach, greedy."})
-    tolerance: float = field(default=0.02, metadata={"help": "How far from it the measured share may be."})
-    exit_layer: int | None = field(default=None, metadata={"help": "E. Default: a quarter of the layers."})
-    num_speculations: int = field(default=6, metadata={"help": "d."})
-    draft_vocab: int | None = field(default=None, metadata={"help": "Draft with the first N tokens only."})
-    trial_prompts: int = field(default=8, metadata={"help": "Random prompts that acceptance is measured on."})
-    trial_tokens: int = field(default=128, metadata={"help": "New tokens for each of them."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights and prompts."})
+    acceptance: float = setting(0.7, help="Accepted over drafted tokens to reach, greedy.")
+    tolerance: float = setting(0.02, help="How far from it the measured share may be.")
+    exit_layer: int | None = setting(None, help="E. Default: a quarter of the layers.")
+    num_speculations: int = setting(6, help="d.", at_least=1)
+    draft_vocab: int | None = setting(None, help="Draft with the first N tokens only.")
+    trial_prompts: int = setting(8, help="Random prompts that acceptance is measured on.", at_least=1)
+    trial_tokens: int = setting(128, help="New tokens for each of them.")
+    seed: int = setting(0, help="Seed of weights and prompts.", at_least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.acceptance <= 1:
             raise ValueError(f"--acceptance must lie above 0 and be at most 1, not {self.acceptance}.")
         if self.tolerance <= 0:
             raise ValueError(f"--tolerance must be positive, not {self.tolerance}.")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, not {self.seed}.")
-        for name in ("num_speculations", "trial_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if not 2 <= self.trial_tokens <= CONTEXT - PROMPT_TOKENS:
             most = CONTEXT - PROMPT_TOKENS
             raise ValueError(f"--trial_tokens must lie between 2 and {most}, not {self.trial_tokens}.")
@@ -149,22 +146,20 @@ class Goal:
 
 
 @dataclass
-class ShapeArguments:
+class ShapeArguments(Settings):
     """Which model, where, and in which numbers; single numbers change the named shape."""
 
-    shape: str = field(default="160m", metadata={"help": f"One of {', '.join(SHAPES)}."})
-    num_layers: int | None = field(default=None, metadata={"help": "L."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width."})
-    num_heads: int | None = field(default=None, metadata={"help": "Query heads."})
-    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key and value heads."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Width of the MLP."})
-    vocab_size: int | None = field(default=None, metadata={"help": "Tokens in the vocabulary."})
-    tie_embeddings: bool | None = field(default=None, metadata={"help": "Whether the head is the embeddings."})
-    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; CUDA by default where there is any."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "float64, float32, bfloat16 or float16; float32 on a CPU, else bfloat16."}
-    )
-    save: str | None = field(default=None, metadata={"help": "Folder for the checkpoint; not saved by default."})
+    shape: str = setting("160m", help=f"One of {', '.join(SHAPES)}.")
+    num_layers: int | None = setting(None, help="L.")
+    hidden_size: int | None = setting(None, help="Width.")
+    num_heads: int | None = setting(None, help="Query heads.")
+    num_key_value_heads: int | None = setting(None, help="Key and value heads.")
+    intermediate_size: int | None = setting(None, help="Width of the MLP.")
+    vocab_size: int | None = setting(None, help="Tokens in the vocabulary.")
+    tie_embeddings: bool | None = setting(None, help="Whether the head is the embeddings.")
+    device: str | None = setting(None, help="cuda, cpu …; CUDA by default where there is any.")
+    dtype: str | None = setting(None, help="float64, float32, bfloat16 or float16; float32 on a CPU, else bfloat16.")
+    save: str | None = setting(None, help="Folder for the checkpoint; not saved by default.")
 
     def changes(self) -> dict[str, int]:
         """The numbers that differ from the named shape's."""
@@ -273,7 +268,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def trials(model: LlamaForCausalLM, goal: Goal) -> Iterator[Trial]:
+def trials(model: LlamaForCausalLM, goal: Goal, most_trials: int = MOST_TRIALS) -> Iterator[Trial]:
     """Damp the model until its acceptance is the goal's: bisection, and inside the bracket an exponential guess.
 
     The answers change with every factor, so acceptance is a smooth function of it plus the noise of a sample.
@@ -282,7 +277,7 @@ def trials(model: LlamaForCausalLM, goal: Goal) -> Iterator[Trial]:
     prompts = random_prompts(model.config.vocab_size, goal.trial_prompts, PROMPT_TOKENS, goal.seed)
     least, most = 0.0, 1.0
     factor = 0.0 if goal.acceptance == 1 else FIRST_FACTOR
-    for _ in range(MOST_TRIALS):
+    for _ in range(most_trials):
         damp(model, goal.exit_layer, factor, goal.seed)
         trial = Trial.of(factor, generator.generate(prompts, goal.generation_config()))
         yield trial
@@ -293,13 +288,13 @@ def trials(model: LlamaForCausalLM, goal: Goal) -> Iterator[Trial]:
         factor = guess if least < guess < most else (least + most) / 2
 
 
-def damp_to(model: LlamaForCausalLM, goal: Goal) -> Trial:
+def damp_to(model: LlamaForCausalLM, goal: Goal, most_trials: int = MOST_TRIALS) -> Trial:
     """Damp the model to the goal, which has an exit layer, and note it in the model's configuration.
 
     Raises:
         ValueError: no factor between 0 and 1 gives this acceptance.
     """
-    tried = list(tqdm(trials(model, goal), desc="Damping", unit="trial", leave=False, disable=None))
+    tried = list(tqdm(trials(model, goal, most_trials), desc="Damping", unit="trial", leave=False, disable=None))
     if abs(tried[-1].acceptance - goal.acceptance) > goal.tolerance:
         closest = min((trial.acceptance for trial in tried), key=lambda value: abs(value - goal.acceptance))
         raise ValueError(

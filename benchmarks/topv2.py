@@ -12,7 +12,7 @@ killed run goes on with --resume True. The table is topv2.md, all figures are to
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, PreTrainedTok
 
 from benchmarks.small_models import (
     AUTOREGRESSIVE,
-    Cell,
     Run,
     SideBySide,
     SmallModelArguments,
@@ -38,14 +37,19 @@ from benchmarks.small_models import (
 )
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.measuring.figures import Measurement, Round, interleaved
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.contestants import interleaved
+from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
-from self_speculation.prompts.sources import DatasetArguments, Example, read_examples, read_json_lines, text_field
-from self_speculation.settings import by_flag
-from self_speculation.training.early_exit_loss import IGNORED_LABEL
-from self_speculation.training.packing import train_tokenizer
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.example import Example
+from self_speculation.prompts.readers import read_json_lines, text_field
+from self_speculation.prompts.sources import read_examples
+from self_speculation.settings import Settings, by_flag, setting
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.labels import IGNORED_LABEL
+from self_speculation.training.tokenizer import train_tokenizer
 
 # The 1.5B model of the paper's section 6, finetuned on TOPv2: exact match, acceptance and speed-up, at 18, 12 and 6
 # of 24 layers.
@@ -62,20 +66,15 @@ FIGURES = {"exact match": "{:.1%}", "exact match, unseen": "{:.1%}", "acceptance
 
 
 @dataclass
-class TopV2Arguments:
+class TopV2Arguments(Settings):
     """Which rows, and how to decode them."""
 
-    data_path: str = field(metadata={"help": "Folder with TOPv2's train.jsonl and test.jsonl."})
-    num_samples: int = field(default=250, metadata={"help": "Rows of the test split to decode, drawn by --seed."})
-    max_steps: int = field(default=80, metadata={"help": "Most new tokens."})
-    num_speculations: int = field(default=8, metadata={"help": "d: tokens drafted a step."})
-    seed: int = field(default=0, metadata={"help": "Seed of the model, of its dropout and of the rows."})
-    resume: bool = field(default=False, metadata={"help": "Go on with the run in --output_dir that was interrupted."})
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_steps", "num_speculations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+    data_path: str = setting(help="Folder with TOPv2's train.jsonl and test.jsonl.")
+    num_samples: int = setting(250, help="Rows of the test split to decode, drawn by --seed.", at_least=1)
+    max_steps: int = setting(80, help="Most new tokens.", at_least=1)
+    num_speculations: int = setting(8, help="d: tokens drafted a step.", at_least=1)
+    seed: int = setting(0, help="Seed of the model, of its dropout and of the rows.")
+    resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
 
     def examples(self, split: str, num_samples: int) -> list[Example]:
         """That many prompts and responses of a split."""

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,6 +30,7 @@ from self_speculation.commands.flags import one_sentence_errors, parse
 from self_speculation.generator_base import synchronize
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tensor_memory import TensorMemory
+from self_speculation.settings import Settings, setting
 from self_speculation.training.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout
 
@@ -39,24 +40,22 @@ BASE = "last layer alone"
 
 
 @dataclass
-class CostArguments:
+class CostArguments(Settings):
     """The model's shape, and what to train it on."""
 
-    num_layers: int = field(default=8, metadata={"help": "Layers."})
-    hidden_size: int = field(default=256, metadata={"help": "Width; heads are 32 wide, the MLP 8/3 as wide."})
-    vocab_size: int = field(default=32000, metadata={"help": "Tokens in the vocabulary."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences in a step."})
-    block_size: int = field(default=256, metadata={"help": "Tokens in a sequence."})
-    loss_chunk_tokens: int = field(default=CHUNK_TOKENS, metadata={"help": "Positions whose logits live at a time."})
-    repeats: int = field(default=5, metadata={"help": "Rounds of the measurement of speed; 0 leaves it out."})
-    steps: int = field(default=2, metadata={"help": "Steps in a round."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, as the Trainer's --bf16."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute layers again in the backward pass."})
+    num_layers: int = setting(8, help="Layers.", at_least=1)
+    hidden_size: int = setting(256, help="Width; heads are 32 wide, the MLP 8/3 as wide.", at_least=1)
+    vocab_size: int = setting(32000, help="Tokens in the vocabulary.", at_least=1)
+    batch_size: int = setting(4, help="Sequences in a step.", at_least=1)
+    block_size: int = setting(256, help="Tokens in a sequence.", at_least=1)
+    loss_chunk_tokens: int = setting(CHUNK_TOKENS, help="Positions whose logits live at a time.", at_least=1)
+    repeats: int = setting(5, help="Rounds of the measurement of speed; 0 leaves it out.", at_least=0)
+    steps: int = setting(2, help="Steps in a round.", at_least=1)
+    bf16: bool = setting(False, help="Compute in bfloat16, as the Trainer's --bf16.")
+    gradient_checkpointing: bool = setting(False, help="Compute layers again in the backward pass.")
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) is int and value < (name != "repeats"):
-                raise ValueError(f"--{name} must be at least {int(name != 'repeats')}, not {value}.")
+        super().__post_init__()
         if self.hidden_size % 32:
             raise ValueError(f"--hidden_size must be a multiple of 32, not {self.hidden_size}.")
 

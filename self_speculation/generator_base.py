@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.streamers import BaseStreamer
 
 from self_speculation.decoding.config import GenerationConfig
+from self_speculation.decoding.early_exit import check_exit_layer
 from self_speculation.decoding.request import GenerationRequest, GenerationStep, RowStep
 from self_speculation.decoding.stopping import StopReason, StopRule
 
@@ -27,6 +28,7 @@ __all__ = [
     "RowStep",
     "StepStreamer",
     "TokenStreamer",
+    "check_exit_layer",
 ]
 
 
@@ -133,20 +135,6 @@ class GenerationStrategy(ABC):
     @abstractmethod
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """Decode: first the prefill, a step without tokens, then step by step until every row has ended."""
-
-
-def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
-    """The exit layer, if the model has it."""
-    num_layers = model.config.num_hidden_layers
-    if exit_layer is None or not 1 <= exit_layer <= num_layers:
-        raise ValueError(f"--exit_layer must lie between 1 and {num_layers}, the model's layers, not {exit_layer}.")
-    return exit_layer
-
-
-def token_device(model: LlamaForCausalLM) -> torch.device:
-    """Where tokens live: with the embeddings, or on the CPU while those are offloaded."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 class TokenStreamer:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,6 @@ from transformers import (
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.early_exit import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
-from self_speculation.measuring.rivals import (
-    HuggingfaceEarlyExitStrategy,
-    HuggingfaceStaticStrategy,
-    HuggingfaceStrategy,
-)
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 
@@ -44,13 +40,12 @@ PAPER_RECOMMENDATIONS = {
     "facebook/layerskip-llama2-13B": (15, 12),
 }
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-STRATEGIES: dict[str, type[GenerationStrategy]] = {
+Strategies = Mapping[str, type[GenerationStrategy]]
+# Ours; those that they are measured against are in `measuring.strategies`.
+STRATEGIES: Strategies = {
     "autoregressive": AutoregressiveStrategy,
     "early_exit": EarlyExitStrategy,
     "self_speculative": SelfSpeculativeStrategy,
-    "hf_generate": HuggingfaceStrategy,
-    "hf_early_exit": HuggingfaceEarlyExitStrategy,
-    "hf_static": HuggingfaceStaticStrategy,
 }
 
 
@@ -109,7 +104,7 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     return model.eval(), tokenizer
 
 
-def recommendation(name: str, num_layers: int) -> Recommendation:
+def read_recommendation(name: str, num_layers: int) -> Recommendation:
     """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4."""
     path = Path(name) / RECOMMENDATION_FILE
     if path.is_file():
@@ -123,14 +118,17 @@ def recommendation(name: str, num_layers: int) -> Recommendation:
     return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
 
 
-def make_strategy(model: LlamaForCausalLM, config: GenerationConfig) -> GenerationStrategy:
-    """The strategy that `config` names."""
-    return _strategy(config)(model)
+def make_strategy(
+    model: LlamaForCausalLM, config: GenerationConfig, strategies: Strategies = STRATEGIES
+) -> GenerationStrategy:
+    """The one of `strategies` that `config` names."""
+    return _strategy(config, strategies)(model)
 
 
-def fill_in(config: GenerationConfig, advice: Recommendation) -> GenerationConfig:
+def fill_in(config: GenerationConfig, advice: Recommendation, strategies: Strategies = STRATEGIES) -> GenerationConfig:
     """`config` with the recommended exit layer and draft length where none were given and the strategy needs them."""
-    missing = {name: getattr(advice, name) for name in _strategy(config).uses if getattr(config, name) is None}
+    uses = _strategy(config, strategies).uses
+    missing = {name: getattr(advice, name) for name in uses if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 
 
@@ -149,14 +147,14 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
 
 
-def _strategy(config: GenerationConfig) -> type[GenerationStrategy]:
+def _strategy(config: GenerationConfig, strategies: Strategies) -> type[GenerationStrategy]:
     """A strategy by its name; autoregressive with an explicit exit layer means early exit."""
     name = config.generation_strategy
-    if name not in STRATEGIES:
-        raise ValueError(f"--generation_strategy must be one of {', '.join(STRATEGIES)}, not {name!r}.")
+    if name not in strategies:
+        raise ValueError(f"--generation_strategy must be one of {', '.join(strategies)}, not {name!r}.")
     if name == "autoregressive" and config.exit_layer is not None:
         return EarlyExitStrategy
-    return STRATEGIES[name]
+    return strategies[name]
 
 
 def _parse_model_args(text: str | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.training.packing import train_tokenizer
+from self_speculation.training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 

@@ -16,10 +16,11 @@ from self_speculation.loading import (
     fill_in,
     load,
     make_strategy,
-    recommendation,
+    read_recommendation,
 )
-from self_speculation.measuring.equivalence import Cell, Difference, compare, first_difference, logit_margin
+from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
 from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
+from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 ROOT = Path(__file__).parents[1]
@@ -52,11 +53,11 @@ def test_model_args_reach_from_pretrained(folder: Path) -> None:
 
 
 def test_recommendations(tmp_path: Path) -> None:
-    assert recommendation("facebook/layerskip-llama2-7B", 32).exit_layer == 8
-    assert recommendation("someone/llama", 32) == recommendation("another/llama", 33)
-    assert recommendation("someone/llama", 2).exit_layer == 1
+    assert read_recommendation("facebook/layerskip-llama2-7B", 32).exit_layer == 8
+    assert read_recommendation("someone/llama", 32) == read_recommendation("another/llama", 33)
+    assert read_recommendation("someone/llama", 2).exit_layer == 1
     (tmp_path / "layerskip.json").write_text(json.dumps({"exit_layer": 5, "num_speculations": 7}))
-    advice = recommendation(str(tmp_path), 32)
+    advice = read_recommendation(str(tmp_path), 32)
     assert (advice.exit_layer, advice.num_speculations) == (5, 7)
 
 
@@ -73,7 +74,7 @@ def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
         ("hf_early_exit", (None, 4), (3, 4)),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=given[0], num_speculations=given[1])
-        filled = fill_in(config, advice)
+        filled = fill_in(config, advice, STRATEGIES)
         assert (filled.exit_layer, filled.num_speculations) == expected
 
 
@@ -86,7 +87,7 @@ def test_names_become_strategies(model: LlamaForCausalLM) -> None:
         ("hf_static", None, HuggingfaceStaticStrategy),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
-        assert type(make_strategy(model, config)) is kind
+        assert type(make_strategy(model, config, STRATEGIES)) is kind
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,10 @@ def test_ties_and_failures() -> None:
     tie, failure = Difference(0, 3, 5, 6, 1e-7, 1e-6), Difference(0, 3, 5, 6, 1e-5, 1e-6)
     end = Difference(0, 3, 5, None, None, None)
     assert [difference.is_tie for difference in (tie, failure, end)] == [True, False, False]
-    assert Cell(1, 1, num_samples=100, differences=[tie]).is_correct
-    assert not Cell(1, 1, num_samples=99, differences=[tie]).is_correct
-    assert not Cell(1, 1, num_samples=1000, differences=[failure]).is_correct
-    assert not Cell(1, 1, num_samples=1000, differences=[end]).is_correct
+    assert CellReport(1, 1, num_samples=100, differences=[tie]).is_correct
+    assert not CellReport(1, 1, num_samples=99, differences=[tie]).is_correct
+    assert not CellReport(1, 1, num_samples=1000, differences=[failure]).is_correct
+    assert not CellReport(1, 1, num_samples=1000, differences=[end]).is_correct
 
 
 def test_the_margin_is_that_of_the_two_logits_in_float32(make_model: Callable[..., LlamaForCausalLM]) -> None:

@@ -6,7 +6,7 @@ python correctness.py --dataset human_eval --num_samples 20 --model facebook/lay
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,27 @@ from transformers import PreTrainedTokenizerBase
 
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
-from self_speculation.loading import ModelArguments, load, recommendation
-from self_speculation.measuring.equivalence import Cell, Difference, EquivalenceCheck
-from self_speculation.prompts.sources import DatasetArguments, prompt_limit, read_examples, shorten
-from self_speculation.settings import by_flag
+from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.fitting import prompt_limit, shorten
+from self_speculation.prompts.sources import read_examples
+from self_speculation.settings import by_flag, setting
 
 
 @dataclass
 class CorrectnessConfig(GenerationConfig):
     """Greedy decoding over a grid of exit layers and draft lengths."""
 
-    sample: bool = field(default=False, metadata={"help": "Must be False: samples agree in distribution only."})
-    generation_strategy: str = field(
-        default="self_speculative", metadata={"help": "Accepted, and always self_speculative."}
-    )
-    exit_layer: str | None = field(
-        default=None, metadata={"help": "One, a list or a range with both ends: 4 or 1,2,4 or 1:11."}
-    )
-    num_speculations: str | None = field(default=None, metadata={"help": "Likewise."})
-    batch_size: int = field(default=1, metadata={"help": "Prompts decoded together."})
+    sample: bool = setting(False, help="Must be False: samples agree in distribution only.")
+    generation_strategy: str = setting("self_speculative", help="Accepted, and always self_speculative.")
+    exit_layer: str | None = setting(None, help="One, a list or a range with both ends: 4 or 1,2,4 or 1:11.")
+    num_speculations: str | None = setting(None, help="Likewise.")
+    batch_size: int = setting(1, help="Prompts decoded together.", at_least=1)
 
     def __post_init__(self) -> None:
         if self.sample:
             raise ValueError("--sample True: sampled outputs agree in distribution, not token for token; use False.")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size must be at least 1, not {self.batch_size}.")
         self.exit_layers = numbers("exit_layer", self.exit_layer, least=1)
         self.draft_lengths = numbers("num_speculations", self.num_speculations, least=0)
         self.exit_layer = self.num_speculations = None
@@ -64,18 +60,20 @@ def numbers(flag: str, text: str | None, least: int) -> list[int]:
     return values
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
-    model_arguments, dataset, config, output = parse(
-        ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments, description=__doc__
-    )
+    model_arguments, dataset, config, output = parse(*GROUPS, description=__doc__)
     path = Path(output.output_dir) / "correctness.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
+    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
     cells = [
-        Cell(check_exit_layer(exit_layer, model), num_speculations)
+        CellReport(check_exit_layer(exit_layer, model), num_speculations)
         for exit_layer in config.exit_layers or [advice.exit_layer]
         for num_speculations in config.draft_lengths or [advice.num_speculations]
     ]
@@ -95,24 +93,18 @@ def main() -> None:
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)
 
 
-def document(settings: dict[str, Any], cells: list[Cell]) -> dict[str, Any]:
+def document(settings: dict[str, Any], cells: list[CellReport]) -> dict[str, Any]:
     """Everything that was found, as one JSON document."""
-    rows = [
-        asdict(cell)
-        | {"acceptance_rate": cell.acceptance_rate, "ties": cell.num_ties, "failures": cell.num_failures}
-        | {"differences": [asdict(difference) | {"is_tie": difference.is_tie} for difference in cell.differences]}
-        for cell in cells
-    ]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "is_correct": all(cell.is_correct for cell in cells),
         "settings": settings,
         "versions": versions,
-        "cells": rows,
+        "cells": [cell.as_json() for cell in cells],
     }
 
 
-def report(cells: list[Cell], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def report(cells: list[CellReport], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """A table of the grid, every difference in words, and the verdict as the last line."""
     table = Table("exit layer", "drafts", "samples", "equal", "ties", "failures", "acceptance")
     for cell in cells:
@@ -122,27 +114,12 @@ def report(cells: list[Cell], tokenizer: PreTrainedTokenizerBase, path: Path) ->
     Console().print(table)
     for cell in cells:
         for difference in cell.differences:
-            print(f"E={cell.exit_layer} d={cell.num_speculations} {sentence(difference, tokenizer)}")
+            print(f"E={cell.exit_layer} d={cell.num_speculations} {difference.sentence(tokenizer)}")
     runs, ties, failures = (
         sum(values) for values in zip(*((c.num_samples, c.num_ties, c.num_failures) for c in cells), strict=True)
     )
     verdict = "PASS" if all(cell.is_correct for cell in cells) else "FAIL"
     print(f"{verdict}: {runs} runs against the full model, {ties} ties, {failures} failures ({path})")
-
-
-def sentence(difference: Difference, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where two answers differ, in what, and whether rounding explains it."""
-    expected, actual = (
-        "the end" if token is None else repr(tokenizer.decode([token]))
-        for token in (difference.expected_token, difference.actual_token)
-    )
-    kind = "tie" if difference.is_tie else "FAILURE"
-    margin = (
-        "" if difference.margin is None else f", margin {difference.margin:.2e} (tie up to {difference.tolerance:.2e})"
-    )
-    return (
-        f"sample {difference.sample}, token {difference.position}: {expected} expected, {actual} found: {kind}{margin}"
-    )
 
 
 if __name__ == "__main__":

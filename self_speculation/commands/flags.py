@@ -75,7 +75,7 @@ class _Parser(HfArgumentParser):
         general.add_argument("--version", action="version", version=version, help="Show the version and exit.")
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        group = _Flags(self.add_argument_group(_title(dtype)), is_hidden=dtype in self.hidden)
+        group = _Flags(self.add_argument_group(group_title(dtype)), is_hidden=dtype in self.hidden)
         types = get_type_hints(dtype)
         for field in fields(dtype):
             if field.init:
@@ -118,7 +118,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
         return f"{action.help} (default: {shown})"
 
 
-def _title(group: type) -> str:
+def group_title(group: type) -> str:
     """What a group of flags is called: the first line of its dataclass's docstring, if that is ours."""
     if not group.__module__.startswith("transformers."):
         return (group.__doc__ or group.__name__).splitlines()[0].rstrip(".")

@@ -17,7 +17,8 @@ from rich.console import Console
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.commands.interactive import InterruptKey, KeyCheckingStreamer, read_prompts
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
-from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, recommendation
+from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, read_recommendation
+from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.settings import Settings, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 
@@ -114,21 +115,23 @@ def describe(config: GenerationConfig, advice: Recommendation) -> str:
     return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
 
 
+# The flags, in the order in which `main` takes them.
+GROUPS = (GenerateArguments, ModelArguments, GenerationConfig, OutputArguments)
+
+
 @one_sentence_errors()
 def main() -> None:
     """Answer what the flags or the terminal ask; under `torchrun` the first process does."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    arguments, model_arguments, config, output = parse(
-        GenerateArguments, ModelArguments, GenerationConfig, OutputArguments, description=__doc__
-    )
+    arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     log = Path(output.output_dir) / "generate.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
-    advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
-    config = fill_in(config, advice)
-    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
+    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    config = fill_in(config, advice, STRATEGIES)
+    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, STRATEGIES))
     note(describe(config, advice), style="dim")
     streamer = arguments.make_streamer()
     for prompt in arguments.prompts():

@@ -4,14 +4,17 @@ A layer writes keys and values at the positions it is given; a query at position
 Entries past a row's length are stale: no query sees them, and the next step overwrites them, so rejecting a draft
 costs nothing.
 
-Shapes: B batch, T positions of this call, C capacity, W visible prefix (W ≤ C), H key-value heads, K head dimension.
+The host says once a step how far queries may `see`; a pass asks for `access` at its positions; each of its layers
+writes and reads through that access, by `update`.
+
+Shapes: B batch, T positions of a pass, C capacity, W visible prefix (W ≤ C), H key-value heads, K head dimension.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 BUCKET = 64
 
@@ -26,7 +29,7 @@ def power_of_two(length: int) -> int:
     return max(1 << (length - 1).bit_length(), 4 * BUCKET)
 
 
-class PositionAddressedCache(Cache):
+class PositionAddressedCache:
     """Preallocated keys and values of all layers, each (B, H, C, K), on the layer's own device.
 
     A layer's buffers are allocated when it first writes, with zeros: an uninitialised NaN would survive its mask.
@@ -40,54 +43,44 @@ class PositionAddressedCache(Cache):
         device: torch.device | None = None,
         bucket: Callable[[int], int] = round_up,
     ) -> None:
-        super().__init__(layers=[])
         self.capacity = round_up(capacity)
         self.bucket = bucket
         self.positions_C = torch.arange(self.capacity, device=device)
-        self.keys_W = self.positions_C
+        self.positions_W = self.positions_C
         self.is_prefill = False
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        self.slots = (torch.empty(0, 1, dtype=torch.long), torch.empty(0, 0, dtype=torch.long))
-
-    def address(self, positions_BT: Tensor) -> Tensor | None:
-        """Set where the layers write next; return the mask (B, 1, T, W) of the keys that each position sees.
-
-        Prefill needs no mask: its positions start at 0, and there `sdpa` is causal by itself, but for a single query.
-        """
-        self.slots = (torch.arange(len(positions_BT), device=positions_BT.device)[:, None], positions_BT)
-        if self.is_prefill and positions_BT.shape[1] > 1:
-            return None
-        return self.keys_W <= positions_BT[:, None, :, None]
 
     def see(self, length: int, is_prefill: bool = False) -> None:
-        """Let queries read the first `length` positions only, rounded up; none of them may lie further on."""
-        self.keys_W = self.positions_C[: min(self.bucket(length), self.capacity)]
+        """Let queries read the first `length` positions only, rounded up; none of them may lie further on.
+
+        The passes of a prefill start at position 0.
+        """
+        self.positions_W = self.positions_C[: min(self.bucket(length), self.capacity)]
         self.is_prefill = is_prefill
 
     @property
     def visible(self) -> int:
         """W: how many positions queries read."""
-        return self.keys_W.shape[0]
+        return self.positions_W.shape[0]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write (B, H, T, K) keys and values at the addressed positions; return the visible prefix (B, H, W, K)."""
-        if self.keys[layer_idx] is None:
+    def access(self, positions_BT: Tensor) -> "CacheAccess":
+        """What a pass over these positions may write, and what each of them sees.
+
+        Prefill needs no mask: there `sdpa` is causal by itself, but for a single query.
+        """
+        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        is_causal = self.is_prefill and positions_BT.shape[1] > 1
+        mask_B1TW = None if is_causal else self.positions_W <= positions_BT[:, None, :, None]
+        return CacheAccess(self, rows_B1, positions_BT, mask_B1TW)
+
+    def allocate(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for a layer whose keys and values look like these (B, H, T, K), if it has none yet."""
+        if self.keys[layer] is None:
             batch_size, num_heads, _, head_dim = key_states.shape
             shape = (batch_size, num_heads, self.capacity, head_dim)
-            self.keys[layer_idx] = key_states.new_zeros(shape)
-            self.values[layer_idx] = value_states.new_zeros(shape)
-        keys = self._write(self.keys[layer_idx], key_states)
-        values = self._write(self.values[layer_idx], value_states)
-        return keys[:, :, : self.visible], values[:, :, : self.visible]
-
-    def _write(self, buffer_BHCK: Tensor, states_BHTK: Tensor) -> Tensor:
-        """Put states at the addressed positions; `scatter_` does the same, in 16 bits twenty times as slowly."""
-        rows_B1, positions_BT = (index.to(buffer_BHCK.device) for index in self.slots)
-        buffer_BHCK[rows_B1, :, positions_BT] = states_BHTK.transpose(1, 2)
-        return buffer_BHCK
+            self.keys[layer] = key_states.new_zeros(shape)
+            self.values[layer] = value_states.new_zeros(shape)
 
     def keep(self, index_B: Tensor) -> None:
         """Go on with these rows only."""
@@ -98,3 +91,41 @@ class PositionAddressedCache(Cache):
     def num_bytes(self) -> int:
         """Bytes of all buffers allocated so far."""
         return sum(buffer.nbytes for buffer in (*self.keys, *self.values) if buffer is not None)
+
+
+@dataclass(frozen=True)
+class CacheAccess:
+    """One pass's access: the rows (B, 1) and positions (B, T) that it writes, and the mask of what it reads."""
+
+    cache: PositionAddressedCache
+    rows_B1: Tensor
+    positions_BT: Tensor
+    mask_B1TW: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, T, K) at the positions; returns the visible prefix (B, H, W, K)."""
+        self.cache.allocate(layer_idx, key_states, value_states)
+        keys = self._write(self.cache.keys[layer_idx], key_states)
+        values = self._write(self.cache.values[layer_idx], value_states)
+        return keys[:, :, : self.cache.visible], values[:, :, : self.cache.visible]
+
+    def _write(self, buffer_BHCK: Tensor, states_BHTK: Tensor) -> Tensor:
+        """Put states at the positions; `scatter_` does the same, in 16 bits twenty times as slowly."""
+        rows_B1, positions_BT = (index.to(buffer_BHCK.device) for index in (self.rows_B1, self.positions_BT))
+        buffer_BHCK[rows_B1, :, positions_BT] = states_BHTK.transpose(1, 2)
+        return buffer_BHCK
+
+
+@dataclass(frozen=True)
+class Uncached:
+    """No cache: positions start at 0 and see those of their own pass, where `sdpa` is causal by itself."""
+
+    mask_B1TW: None = None
+
+    def access(self, positions_BT: Tensor) -> "Uncached":
+        """The same for all positions."""
+        return self
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
+        """The pass's own keys and values."""
+        return key_states, value_states

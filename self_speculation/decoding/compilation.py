@@ -1,9 +1,7 @@
-"""Decoding steps whose passes are compiled, a graph each; on CUDA the whole step is captured, and one launch.
+"""Steps that are compiled: a graph for a token's draft, one for all that follows; on CUDA the whole step is captured.
 
 A step is a pure function of tensors, so that this needs no second version of it. Graphs serve every length: on CPUs the
 visible prefix of the cache is a symbol, on CUDA there is a graph for each power of two.
-
-Shapes: B batch, N numbers that a step returns for each row.
 """
 
 import types
@@ -13,56 +11,63 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.cache import power_of_two
-from self_speculation.decoding.rows import DecodingState, prefill
+from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, power_of_two, round_up
+from self_speculation.decoding.early_exit import token_device
+from self_speculation.decoding.fused_layers import fuse, weight_version
+from self_speculation.decoding.prefill import prefill
+from self_speculation.decoding.request import GenerationRequest
+from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.step import DraftGiven, EagerPasses, StepOutcome, speculative_step
 
-# A pass is a function of tensors; a step calls its passes through its last argument, `run`.
-Pass = Callable[..., Any]
-Run = Callable[..., Any]
-Step = Callable[..., Tensor]
+Function = Callable[..., Any]
 
 BACKEND = "inductor"
 # Runs before a graph is captured: the first compiles, libraries allocate their workspaces in the second.
 WARM_UP_RUNS = 2
+# A compiled step's rows hold the model's whole context, if it is no longer than this.
+SHORT_CONTEXT = 4096
 
 
 class CompiledStep:
-    """A step over one state, whose passes are compiled with its sizes; `compile` is `default` or `max`.
+    """A step over rows that stay, run by two graphs; `mode` is `default` or `max`, `backend` torch.compile's.
 
     Raises (when it is warmed up):
         ValueError: the step cannot be compiled here.
     """
 
-    def __init__(self, model: LlamaForCausalLM, state: DecodingState, compile: str, step: Step, *sizes: Any) -> None:
-        self.model = model
-        self.state = state
-        self.step = step
-        self.sizes = sizes
-        self.compile = compile
-        self.is_captured = state.lengths_B.device.type == "cuda"
-        self.passes: dict[tuple[int, Pass], Pass] = {}
-        self.name = f"{step.__name__.replace('_', ' ')} {sizes[:2]}"
-        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+    is_fixed = True
+
+    def __init__(self, passes: EagerPasses, rows: Rows, mode: str, backend: str | Function = BACKEND) -> None:
+        self.passes = passes
+        self.rows = rows
+        self.mode = mode
+        self.backend = backend
+        self.is_captured = rows.lengths_B.device.type == "cuda"
+        # As tensors, so that one graph drafts every token.
+        self.ahead = torch.arange(passes.plan.num_speculations, device=rows.lengths_B.device).unbind()
+        self.graphs: dict[tuple[int, Function], Function] = {}
+        self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepOutcome]] = {}
         self.warm: set[int] = set()
 
-    def __call__(self) -> Tensor:
-        """Run the step on its state; returns what `DecodingState.commit` does, (B, N)."""
-        if self.is_captured:
-            graph, outcome_BN = self.captured[self.state.cache.visible]
-            graph.replay()
-            return outcome_BN
-        return self._run_step()
+    def __call__(self, num_speculations: int) -> StepOutcome:
+        """Draft d tokens, verify, commit; the step was compiled for this d."""
+        if not self.is_captured:
+            return self._run(num_speculations)
+        graph, outcome = self.captured[self.rows.cache.visible, num_speculations]
+        graph.replay()
+        return outcome
 
     def warm_up(self, length: int) -> None:
-        """Compile, and capture, what decoding up to `length` positions needs; the state is overwritten."""
+        """Compile, and capture, what decoding up to `length` positions needs; the rows are overwritten."""
         missing = [visible for visible in self._buckets(length) if visible not in self.warm]
         if not missing:
             return
-        with Console(stderr=True).status(f"Compiling the {self.name}: minutes at first, then kept on disk …"):
+        plan = self.passes.plan
+        name = f"step of {plan.exit_layer} layers and {plan.num_speculations} drafts"
+        with Console(stderr=True).status(f"Compiling the {name}: minutes at first, then kept on disk …"):
             try:
                 for visible in missing:
                     self._warm_up_bucket(visible)
@@ -73,73 +78,121 @@ class CompiledStep:
         """The visible prefixes that need graphs of their own: one is enough where the prefix is a symbol."""
         if not self.is_captured:
             return [power_of_two(1)]
-        most = self.state.cache.capacity
+        most = self.rows.cache.capacity
         return sorted({min(power_of_two(visible), most) for visible in range(1, length + 1, power_of_two(1))})
 
     def _warm_up_bucket(self, visible: int) -> None:
         """Run on prompts of two zeros, whose prefill allocates the cache."""
-        num_rows = len(self.state.lengths_B)
-        with compiling(self.model, self.compile):
+        num_rows, model = len(self.rows.lengths_B), self.passes.model
+        num_speculations = self.passes.plan.num_speculations
+        with compiling(model, self.mode):
             for _ in range(WARM_UP_RUNS):
-                self.state.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
-                prefill(self.model, self.state, self.model.config.num_hidden_layers)
-                self.state.cache.see(visible)
+                self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
+                prefill(model, self.rows, self.passes.plan.num_layers)
+                self.rows.cache.see(visible)
                 if not self.is_captured:
-                    torch._dynamo.mark_dynamic(self.state.cache.keys_W, 0)
-                self._run_step()
+                    torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
+                self._run(num_speculations)
         if self.is_captured:
-            self.captured[visible] = self._capture()
+            self.captured[visible, num_speculations] = self._capture(num_speculations)
         self.warm.add(visible)
 
-    def _run_step(self) -> Tensor:
-        return self.step(self.model, self.state, *self.sizes, run=self._run_pass)
+    def _run(self, num_speculations: int) -> StepOutcome:
+        """The step, by one graph for each draft and one from there on."""
+        draft, rest = self._graph(EagerPasses.draft), self._graph(speculative_step)
+        drafted = [draft(self.passes, self.rows, ahead) for ahead in self.ahead[:num_speculations]]
+        return rest(DraftGiven(self.passes, drafted), self.rows, num_speculations)
 
-    def _run_pass(self, function: Pass, *arguments: Any) -> Any:
-        """The pass by its graph for what is visible now."""
-        key = (self.state.cache.visible if self.is_captured else 0, function)
-        if key not in self.passes:
-            self.passes[key] = compiled(function, self.compile)
-        return self.passes[key](*arguments)
+    def _graph(self, function: Function) -> Function:
+        """The function's graph for what is visible now."""
+        key = (self.rows.cache.visible if self.is_captured else 0, function)
+        if key not in self.graphs:
+            self.graphs[key] = compiled(function, self.mode, self.backend)
+        return self.graphs[key]
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The whole step as one CUDA graph over the state's tensors, and where it puts its outcome."""
+    def _capture(self, num_speculations: int) -> tuple[torch.cuda.CUDAGraph, StepOutcome]:
+        """The whole step as one CUDA graph over the rows' tensors, and where it puts its outcome."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outcome_BN = self._run_step()
-        return graph, outcome_BN
+            outcome = self._run(num_speculations)
+        return graph, outcome
 
 
-def run_eagerly(function: Pass, *arguments: Any) -> Any:
-    """The pass as it is written."""
-    return function(*arguments)
+class CompiledSteps:
+    """The compiled steps of a model, and the rows that they run on: one generation at a time.
+
+    They are kept by what they depend on; when the model's weights have moved or changed they are made anew.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, backend: str | Function = BACKEND) -> None:
+        self.model = model
+        self.backend = backend
+        self.rows: dict[tuple[Any, ...], Rows] = {}
+        self.steps: dict[tuple[Any, ...], CompiledStep] = {}
+        self.weights: list[tuple[int, int]] = []
+
+    def get(self, request: GenerationRequest, passes: EagerPasses) -> CompiledStep:
+        """The step for requests like this one, warmed up now or earlier."""
+        fuse(self.model)
+        self._forget_other_weights()
+        config, room = request.config, passes.plan.num_speculations + 1
+        longest = max(request.limits(self.model.config.max_position_embeddings))
+        rows = self._rows(len(request.prompts), longest, room, config.sample)
+        sampling = (config.temperature, config.top_k, config.top_p) if config.sample else None
+        key = (id(rows), sampling, config.compile, passes.plan)
+        if key not in self.steps:
+            self.steps[key] = CompiledStep(passes, rows, config.compile, self.backend)
+        self.steps[key].warm_up(longest + room)
+        return self.steps[key]
+
+    def _forget_other_weights(self) -> None:
+        """Compiled steps may hold copies of the weights."""
+        weights = [(weight.data_ptr(), weight_version(weight)) for weight in self.model.parameters()]
+        if weights != self.weights:
+            self.steps.clear()
+            self.weights = weights
+
+    def _rows(self, num_rows: int, longest: int, room: int, sample: bool) -> Rows:
+        """Rows that stay, for the whole context if it is short, else for the next power of two positions."""
+        context = self.model.config.max_position_embeddings
+        most = context if context <= SHORT_CONTEXT else min(power_of_two(max(longest, SHORT_CONTEXT)), context)
+        # Never full, so that the visible prefix is always shorter.
+        capacity = round_up(most + room) + BUCKET
+        key = (num_rows, capacity, sample)
+        if key not in self.rows:
+            device = token_device(self.model)
+            bucket = power_of_two if device.type == "cuda" else round_up
+            cache = PositionAddressedCache(self.model.config.num_hidden_layers, capacity, device, bucket)
+            self.rows[key] = Rows.empty(cache, num_rows, sample)
+        return self.rows[key]
 
 
-def compiled(function: Pass, compile: str) -> Pass:
-    """The pass as a graph of its own, compiled at its first call.
+def compiled(function: Function, mode: str, backend: str | Function = BACKEND) -> Function:
+    """The function as a graph of its own, compiled at its first call.
 
-    Nothing is checked later: it is for that call's model and state alone, whose weights the strategy looks at itself.
+    Nothing is checked later: it is for that call's model and rows alone, whose weights `CompiledSteps` looks at itself.
     What may change is what tensors hold, and sizes that were marked.
     """
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    if BACKEND == "inductor":
+    if backend == "inductor":
         options |= {
             "size_asserts": False,
             "coordinate_descent_tuning": True,
-            "max_autotune": compile == "max",
+            "max_autotune": mode == "max",
             "autotune_num_choices_displayed": 0,
             "max_autotune_report_choices_stats": False,
         }
-    return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+    return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
-def compiling(model: LlamaForCausalLM, compile: str) -> AbstractContextManager[None]:
+def compiling(model: LlamaForCausalLM, mode: str) -> AbstractContextManager[None]:
     """Where first calls belong. On CPUs `max` freezes the weights: they are constants of the graph, and prepacked."""
-    is_frozen = compile == "max" and model.device.type == "cpu" and not model.training
+    is_frozen = mode == "max" and model.device.type == "cpu" and not model.training
     return torch._inductor.config.patch(freezing=is_frozen)
 
 
-def _with_own_code(function: Pass) -> Pass:
+def _with_own_code(function: Function) -> Function:
     """The same function with a code object of its own: to that the graphs are tied, and counted."""
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)

@@ -56,6 +56,20 @@ class DraftHead:
         return impossible.index_copy(-1, self.tokens_N, logits_BTN)
 
 
+class DraftHeads:
+    """A model's draft heads: the last one asked for is kept, and made anew when the model's head has changed."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.last: DraftHead | None = None
+
+    def get(self, num_tokens: int) -> DraftHead:
+        """The head for the `num_tokens` most frequent tokens."""
+        if self.last is None or not self.last.is_of(self.model, num_tokens):
+            self.last = DraftHead.of(self.model, num_tokens)
+        return self.last
+
+
 def token_order(folder: Path, vocab_size: int) -> Tensor:
     """Tokens (V), the most frequent first, by the counts in the folder; without any, the vocabulary's own order.
 

@@ -8,15 +8,23 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.fused_layers import Addressing, fused_layer, is_summed, linear
+from self_speculation.decoding.cache import Uncached
+from self_speculation.decoding.fused_layers import KeyValueAccess, SharedInputs, fused_layer, is_summed, linear
 
 ROPE_PER_CALL = ("dynamic", "longrope")
+
+
+class KeyValueStore(Protocol):
+    """Where keys and values come from: the cache, or nothing but the pass itself."""
+
+    def access(self, positions_BT: Tensor) -> KeyValueAccess:
+        """What a pass over these positions may read and write."""
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -37,37 +45,46 @@ def check_supported(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
+def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
+    """The exit layer, if the model has it."""
+    num_layers = model.config.num_hidden_layers
+    if exit_layer is None or not 1 <= exit_layer <= num_layers:
+        raise ValueError(f"--exit_layer must lie between 1 and {num_layers}, the model's layers, not {exit_layer}.")
+    return exit_layer
+
+
+def token_device(model: LlamaForCausalLM) -> torch.device:
+    """Where tokens live: with the embeddings, or on the CPU while those are offloaded."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def embed(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
     """x_0 (B, T, D) of the tokens."""
     return model.model.embed_tokens(tokens_BT)
 
 
 def run_layers(
-    model: LlamaForCausalLM,
-    hidden_BTD: Tensor,
-    layers: range,
-    positions_BT: Tensor,
-    cache: PositionAddressedCache | None,
+    model: LlamaForCausalLM, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore
 ) -> Tensor:
-    """Run the given layers over hidden states at the given positions, reading and writing the cache.
-
-    Without a cache the positions must start at 0: there `sdpa` is causal by itself.
-    """
-    mask_B1TW = None if cache is None else cache.address(positions_BT)
+    """Run the given layers over hidden states at the given positions, reading and writing the cache."""
+    if not layers:
+        return hidden_BTD
+    access = cache.access(positions_BT)
     position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
     num_groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    addressing = Addressing.of(position_embeddings, mask_B1TW, num_groups)
+    shared = SharedInputs.of(position_embeddings, access.mask_B1TW, num_groups)
     for layer in layers:
         fused = fused_layer(model.model.layers[layer])
         if fused is not None:
-            hidden_BTD = fused(hidden_BTD, addressing, cache)
+            hidden_BTD = fused(hidden_BTD, shared, access)
             continue
         hidden_BTD = model.model.layers[layer](
             hidden_BTD,
-            attention_mask=mask_B1TW,
+            attention_mask=access.mask_B1TW,
             position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            past_key_values=access,
+            use_cache=True,
             position_embeddings=position_embeddings,
         )
     return hidden_BTD
@@ -82,27 +99,17 @@ def exit_logits(model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
 
 
 def forward_early(
-    model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache, exit_layer: int
+    model: LlamaForCausalLM, tokens_BT: Tensor, exit_layer: int, positions_BT: Tensor, cache: KeyValueStore
 ) -> Tensor:
     """The exit states (B, T, D): what leaves layers [0, E)."""
     return run_layers(model, embed(model, tokens_BT), range(exit_layer), positions_BT, cache)
 
 
 def forward_remainder(
-    model: LlamaForCausalLM,
-    exit_states_BTD: Tensor,
-    positions_BT: Tensor,
-    cache: PositionAddressedCache,
-    exit_layer: int,
+    model: LlamaForCausalLM, exit_states_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore
 ) -> Tensor:
     """Hidden states (B, T, D) after the last layer, going on from the exit states through layers [E, L)."""
-    layers = range(exit_layer, model.config.num_hidden_layers)
     return run_layers(model, exit_states_BTD, layers, positions_BT, cache)
-
-
-def forward(model: LlamaForCausalLM, tokens_BT: Tensor, positions_BT: Tensor, cache: PositionAddressedCache) -> Tensor:
-    """Hidden states (B, T, D) after all L layers."""
-    return forward_early(model, tokens_BT, positions_BT, cache, model.config.num_hidden_layers)
 
 
 def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:
@@ -113,5 +120,5 @@ def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Seque
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
     hidden_BTD = embed(model, tokens_BT)
     for first, last in itertools.pairwise([0, *exit_layers]):
-        hidden_BTD = run_layers(model, hidden_BTD, range(first, last), positions_BT, cache=None)
+        hidden_BTD = run_layers(model, hidden_BTD, range(first, last), positions_BT, Uncached())
         yield hidden_BTD

@@ -5,11 +5,12 @@ model stays an ordinary one. What moves the parameters (`.to()`, loading with `a
 `fuse` looks at them before every generation. Layers that are not plain (quantised, adapted, hooked, replaced) are left
 to transformers.
 
-Shapes: B batch, T positions of this call, W visible keys, D hidden size, H query heads, G query heads for each of the
+Shapes: B batch, T positions of this pass, W visible keys, D hidden size, H query heads, G query heads for each of the
 key-value heads, K head dimension.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,25 @@ from transformers import LlamaForCausalLM
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from self_speculation.decoding.cache import PositionAddressedCache
-
 # The longest call whose queries are folded: there it saves time, and its mask is small.
 MOST_FOLDED = 64
 PLAIN_MODULES = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear, SiLUActivation}
 
 
+class KeyValueAccess(Protocol):
+    """What one pass may read and write."""
+
+    @property
+    def mask_B1TW(self) -> Tensor | None:  # noqa: N802 (a shape)
+        """The keys that each position sees; None where `sdpa` is causal by itself."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, T, K) of a layer; returns those that its queries read, (B, H, W, K)."""
+
+
 @dataclass(frozen=True)
-class Addressing:
-    """What all layers of a call share: rotary cosines and signed sines (B, T, 1, K), and the mask.
+class SharedInputs:
+    """What all layers of a pass share: rotary cosines and signed sines (B, T, 1, K), and the mask.
 
     None at prefill, where attention is causal by itself; else for long calls the visible keys (B, 1, T, W), and for
     short ones *folded*: added to the scores, (B, 1, G·T, W), for the queries that share a key head stand in one row.
@@ -39,7 +49,7 @@ class Addressing:
     is_folded: bool
 
     @classmethod
-    def of(cls, rotary: tuple[Tensor, Tensor], mask_B1TW: Tensor | None, num_groups: int) -> "Addressing":
+    def of(cls, rotary: tuple[Tensor, Tensor], mask_B1TW: Tensor | None, num_groups: int) -> "SharedInputs":
         """From the rotary embedding's cosines and sines (B, T, K) and the mask of visible keys."""
         cos_BTK, sin_BTK = rotary
         first, second = sin_BTK.chunk(2, dim=-1)
@@ -85,25 +95,23 @@ class FusedLayer:
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """A copied model has parameters of its own, which are not fused yet."""
 
-    def __call__(self, hidden_BTD: Tensor, addressing: Addressing, cache: PositionAddressedCache | None) -> Tensor:
-        """What leaves the layer (B, T, D); without a cache, positions see those of this call."""
+    def __call__(self, hidden_BTD: Tensor, shared: SharedInputs, access: KeyValueAccess) -> Tensor:
+        """What leaves the layer (B, T, D)."""
         heads_BTHK = linear(_norm(self.attention_norm, hidden_BTD), self.heads).unflatten(-1, (-1, self.head_dim))
         num_rotated = heads_BTHK.shape[2] - self.num_key_heads
-        rotated_BTHK = addressing.rotate(heads_BTHK[:, :, :num_rotated])
+        rotated_BTHK = shared.rotate(heads_BTHK[:, :, :num_rotated])
         query_BTHK, key_BTHK = rotated_BTHK.tensor_split((num_rotated - self.num_key_heads,), dim=2)
         value_BTHK = heads_BTHK[:, :, num_rotated:]
-        keys, values = key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2)
-        if cache is not None:
-            keys, values = cache.update(keys, values, self.index)
-        attended_BTD = self._attend(query_BTHK, keys, values, addressing)
+        keys, values = access.update(key_BTHK.transpose(1, 2), value_BTHK.transpose(1, 2), self.index)
+        attended_BTD = self._attend(query_BTHK, keys, values, shared)
         hidden_BTD = hidden_BTD + linear(attended_BTD, self.attention_out)
         gate, up = linear(_norm(self.mlp_norm, hidden_BTD), self.gate_up).chunk(2, dim=-1)
         return hidden_BTD + linear(F.silu(gate) * up, self.mlp_out)
 
-    def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, addressing: Addressing) -> Tensor:
+    def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, shared: SharedInputs) -> Tensor:
         """Attention (B, T, H·K); no key is repeated for the queries that share it."""
-        mask = addressing.mask
-        if not addressing.is_folded:
+        mask = shared.mask
+        if not shared.is_folded:
             attended = F.scaled_dot_product_attention(
                 query_BTHK.transpose(1, 2),
                 keys,

@@ -3,28 +3,24 @@
 Between steps every layer has cached exactly `tokens[:-1]` of each row; the last token is *pending*, no layer has read
 it yet. Prefill makes that true, and every step leaves it true.
 
-Shapes: B batch, T positions of this call, C capacity, D hidden size, V vocabulary, S noise streams.
+Shapes: B batch, T positions of this call, C capacity, S noise streams.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.early_exit import embed, exit_logits, run_layers
-from self_speculation.decoding.sampling import noise, process_logits
-from self_speculation.decoding.verification import Draft, GreedyRule, Verdict, VerificationRule
+from self_speculation.decoding.sampling import noise
 
 
 @dataclass
-class DecodingState:
+class Rows:
     """A batch of rows between two steps.
 
     `tokens_BC[b, :lengths_B[b]]` are row b's tokens; what lies beyond is stale. Rows advance while `active_B`, never
-    past `limits_B`.
+    past `limits_B`. `noise_BCS` decides the draws at each position; None for greedy decoding.
     """
 
     tokens_BC: Tensor
@@ -33,8 +29,19 @@ class DecodingState:
     active_B: Tensor
     noise_BCS: Tensor | None
     cache: PositionAddressedCache
-    rule: VerificationRule
-    processors: LogitsProcessorList
+
+    @classmethod
+    def empty(cls, cache: PositionAddressedCache, num_rows: int, sample: bool) -> "Rows":
+        """Room for `num_rows` rows of the cache's capacity, on its device."""
+        device, capacity = cache.positions_C.device, cache.capacity
+        return cls(
+            tokens_BC=torch.zeros(num_rows, capacity, dtype=torch.long, device=device),
+            lengths_B=torch.zeros(num_rows, dtype=torch.long, device=device),
+            limits_B=torch.zeros(num_rows, dtype=torch.long, device=device),
+            active_B=torch.zeros(num_rows, dtype=torch.bool, device=device),
+            noise_BCS=torch.zeros(num_rows, capacity, 3, dtype=torch.double, device=device) if sample else None,
+            cache=cache,
+        )
 
     def begin(self, prompts: list[list[int]], limits: list[int], seed: int) -> None:
         """Put other prompts into the same tensors: what they held before is stale."""
@@ -47,10 +54,9 @@ class DecodingState:
         if self.noise_BCS is not None:
             self.noise_BCS.copy_(noise(seed, prompts, capacity))
 
-    def positions(self, first: int | Tensor, count: int) -> Tensor:
-        """Positions (B, T) of the `count` tokens that start `first` (a scalar) places after the pending token."""
-        offsets_T = torch.arange(count, device=self.lengths_B.device) + (first - 1)
-        return self.lengths_B[:, None] + offsets_T
+    def positions(self, count: int) -> Tensor:
+        """Positions (B, T) of the pending token and those after it, `count` in all."""
+        return self.lengths_B[:, None] + torch.arange(-1, count - 1, device=self.lengths_B.device)
 
     def read(self, positions_BT: Tensor) -> Tensor:
         """The tokens (B, T) at the positions."""
@@ -66,19 +72,13 @@ class DecodingState:
             return None
         return self.noise_BCS.gather(1, positions_BT[..., None].expand(-1, -1, self.noise_BCS.shape[-1]))
 
-    def logits(
-        self, model: LlamaForCausalLM, hidden_BTD: Tensor, positions_BT: Tensor, head: DraftHead | None = None
-    ) -> Tensor:
-        """Processed logits (B, T, V) for the tokens that follow the positions, by the LM head or a draft's own."""
-        logits_BTV = exit_logits(model, hidden_BTD) if head is None else head.logits(model, hidden_BTD)
-        logits_BTV = logits_BTV.to(self.tokens_BC.device)
-        if not self.processors:
-            return logits_BTV
-        return process_logits(logits_BTV, self.processors, self.tokens_BC, positions_BT)
-
-    def draft_lengths(self, num_speculations: int) -> Tensor:
-        """How many tokens (B) each row may draft: with the target's one it must stay within the row's limit."""
+    def room(self, num_speculations: int) -> Tensor:
+        """How many of d tokens (B) each row may draft: with the target's one it must stay within the row's limit."""
         return (self.limits_B - self.lengths_B - 1).clamp(min=0, max=num_speculations)
+
+    def advance(self, num_tokens_B: Tensor) -> None:
+        """Rows that are active have so many tokens (B) more; the last of them is pending."""
+        self.lengths_B += num_tokens_B * self.active_B
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
@@ -88,45 +88,6 @@ class DecodingState:
         )
         self.noise_BCS = None if self.noise_BCS is None else self.noise_BCS[index_B]
         self.cache.keep(index_B)
-
-    def commit(self, draft: Draft, verdict: Verdict) -> Tensor:
-        """Make what was decided the rows' next tokens.
-
-        Returns:
-            One integer tensor for the host, (B, 1 + (d+1) + d): accepted count, decided tokens, drafted tokens.
-        """
-        self.write(self.positions(1, verdict.tokens_BT.shape[1]), verdict.tokens_BT)
-        self.lengths_B += (verdict.accepted_B + 1) * self.active_B
-        return torch.cat([verdict.accepted_B[:, None], verdict.tokens_BT, draft.tokens_Bd], dim=1)
-
-
-def new_state(cache: PositionAddressedCache, num_rows: int, sample: bool) -> DecodingState:
-    """Tensors for `num_rows` rows of the cache's capacity, on its device, that hold nothing yet; greedy."""
-    device, capacity = cache.positions_C.device, cache.capacity
-    return DecodingState(
-        tokens_BC=torch.zeros(num_rows, capacity, dtype=torch.long, device=device),
-        lengths_B=torch.zeros(num_rows, dtype=torch.long, device=device),
-        limits_B=torch.zeros(num_rows, dtype=torch.long, device=device),
-        active_B=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        noise_BCS=torch.zeros(num_rows, capacity, 3, dtype=torch.double, device=device) if sample else None,
-        cache=cache,
-        rule=GreedyRule(),
-        processors=LogitsProcessorList(),
-    )
-
-
-def prefill(model: LlamaForCausalLM, state: DecodingState, exit_layer: int, chunk: int | None = None) -> None:
-    """Cache `tokens[:-1]` of every row in layers [0, E): over the right-padded prompts, without LM head.
-
-    In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes.
-    """
-    longest = int(state.lengths_B.max()) - 1
-    chunk = chunk or max(longest, 1)
-    for first in range(0, longest, chunk):
-        last = min(first + chunk, longest)
-        state.cache.see(last, is_prefill=first == 0)
-        positions_BT = torch.arange(first, last, device=state.lengths_B.device).expand(len(state.lengths_B), -1)
-        run_layers(model, embed(model, state.read(positions_BT)), range(exit_layer), positions_BT, state.cache)
 
 
 def _padded(prompts: list[list[int]], capacity: int) -> Tensor:

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from self_speculation.decoding.sampling import ACCEPT_STREAM, DRAFT_STREAM, RECOVER_STREAM, draw, probabilities
+from self_speculation.decoding.sampling import (
+    ACCEPT_STREAM,
+    DRAFT_STREAM,
+    RECOVER_STREAM,
+    draw,
+    probabilities,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class VerificationRule(Protocol):
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A drafted token (B, 1) and the distribution q (B, 1, V) that it was drawn from."""
 
-    def verify(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept a prefix of the draft and choose the token after it."""
 
 
@@ -55,7 +61,7 @@ class GreedyRule:
         """The draft's argmax."""
         return logits_B1V.argmax(-1), None
 
-    def verify(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while the draft is the target's argmax; the argmax after that is the recovered or bonus token."""
         target_BT = logits_BTV.argmax(-1)
         accepted_B = accepted_prefix(draft.tokens_Bd == target_BT[:, :-1], draft.lengths_B)
@@ -73,7 +79,7 @@ class SamplingRule:
         q_B1V = probabilities(logits_B1V, self.filters)
         return draw(q_B1V, noise_B1S[..., DRAFT_STREAM]), q_B1V
 
-    def verify(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while u < p/q, then draw from norm(max(0, p − q)); q is zero past each row's draft."""
         p_BTV = probabilities(logits_BTV, self.filters)
         q_BTV = torch.cat([*draft.q_B1V, torch.zeros_like(p_BTV[:, :1])], dim=1)

@@ -5,13 +5,11 @@ python -m self_speculation.harness.adapter run --model layerskip --tasks arc_eas
 """
 
 import logging
-import os
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import cycle, islice
@@ -43,83 +41,16 @@ from self_speculation.generator_base import (
     check_exit_layer,
 )
 from self_speculation.harness.continuation_scores import Score, ScoredText, score_continuations
-from self_speculation.loading import ModelArguments, fill_in, load, make_strategy, recommendation
-from self_speculation.settings import flag_of
+from self_speculation.harness.logs import logging_at
+from self_speculation.harness.model_args import read_model_args, take
+from self_speculation.harness.processes import num_processes, process_device
+from self_speculation.harness.scored_requests import Request, batches, share_texts
+from self_speculation.harness.speed_figures import SpeedFigures
+from self_speculation.loading import ModelArguments, fill_in, load, make_strategy, read_recommendation
+from self_speculation.measuring.strategies import STRATEGIES
 
-# What `HFLM` takes that still has a meaning for a model that is loaded already.
-HARNESS_OPTIONS = {
-    "add_bos_token",
-    "batch_size",
-    "chat_template_args",
-    "enable_thinking",
-    "max_batch_size",
-    "max_length",
-    "prefix_token_id",
-    "softmax_dtype",
-    "think_end_token",
-    "truncation",
-}
-# lm-eval's own, for tasks that do not say.
-DEFAULT_MAX_STEPS = 256
-LOADING_OPTIONS = {"device_map", "revision"}
 # Generation arguments of a task that we have no use for, with the only value of each that changes nothing.
 NEUTRAL_ARGUMENTS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
-
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
-
-
-@dataclass
-class SpeedFigures:
-    """How fast the answers of a task were; with a baseline, also how fast and how equal autoregressive decoding was.
-
-    Times are end to end, prefill and decoding of whole batches, and of several processes the sum.
-    """
-
-    answers: int = 0
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    seconds: float = 0.0
-    baseline_tokens: int = 0
-    baseline_seconds: float = 0.0
-    baseline_equal: int = 0
-
-    def add(self, results: list[GenerationResult], seconds: float) -> None:
-        """Count a batch of answers."""
-        self.answers += len(results)
-        self.seconds += seconds
-        for result in results:
-            self.tokens += len(result.tokens)
-            self.steps += len(result.steps)
-            self.drafted += result.num_drafted
-            self.accepted += result.num_accepted
-
-    def add_baseline(self, results: list[GenerationResult], baseline: list[GenerationResult], seconds: float) -> None:
-        """Count the same batch, decoded autoregressively."""
-        self.baseline_seconds += seconds
-        self.baseline_tokens += sum(len(result.tokens) for result in baseline)
-        self.baseline_equal += sum(ours.tokens == other.tokens for ours, other in zip(results, baseline, strict=True))
-
-    def __add__(self, other: "SpeedFigures") -> "SpeedFigures":
-        return SpeedFigures(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
-
-    def summary(self) -> dict[str, float]:
-        """What a report shows of it."""
-        found = {
-            "answers": self.answers,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
-            "tokens_per_step": self.tokens / max(self.steps, 1),
-        }
-        if self.drafted:
-            found["acceptance_rate"] = self.accepted / self.drafted
-        if self.baseline_seconds:
-            found["autoregressive_tokens_per_second"] = self.baseline_tokens / self.baseline_seconds
-            found["speedup"] = self.baseline_seconds / self.seconds
-            found["equal_answers"] = self.baseline_equal
-        return found
 
 
 @register_model("layerskip")
@@ -139,14 +70,12 @@ class LayerSkipLM(HFLM):
         self.pretrained = pretrained.name_or_path
         if config.exit_layer is not None:
             check_exit_layer(config.exit_layer, pretrained)
-        strategy = make_strategy(pretrained, config)
+        strategy = make_strategy(pretrained, config, STRATEGIES)
         self.generation = config
         self.generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
         self.baseline: HuggingfaceLlamaGenerator | None = None
         self.speed: defaultdict[str, SpeedFigures] = defaultdict(SpeedFigures)
-        self.exit_layer = pretrained.config.num_hidden_layers
-        if isinstance(strategy, AutoregressiveStrategy):
-            self.exit_layer = strategy.num_layers(config)
+        self.exit_layer = strategy.num_layers(config)
         self.exit_layers = [self.exit_layer]
         self.known_answers: MutableMapping[str, list[Any]] = {}
         self.current_task = ""
@@ -158,26 +87,20 @@ class LayerSkipLM(HFLM):
         return self.generation.max_new_tokens
 
     @classmethod
+    def load(cls, model_arguments: ModelArguments, config: GenerationConfig, **options: Any) -> "LayerSkipLM":
+        """The model on this process's device; what `config` leaves open is as the checkpoint recommends."""
+        model, tokenizer = load(replace(model_arguments, device=process_device(model_arguments.device)))
+        advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+        return cls(model, tokenizer, fill_in(config, advice, STRATEGIES), **options)
+
+    @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "LayerSkipLM":
         """Load what lm-eval's `--model_args` name: a model, the fields of `GenerationConfig`, options of lm-eval."""
-        given = arg_dict | {key: value for key, value in (additional_config or {}).items() if value is not None}
-        device = given.pop("device", None)
-        loading = _take(given, {"dtype"}) | {"device": process_device(None if device == "cuda:0" else device)}
-        if "pretrained" in given:
-            loading["model"] = given.pop("pretrained")
-        loading["model_args"] = ",".join(f"{key}={value}" for key, value in _take(given, LOADING_OPTIONS).items())
-        model_arguments = ModelArguments(**loading)
-        own = {name: item.name for item in fields(GenerationConfig) for name in (item.name, flag_of(item))}
-        generation = {own[name]: value for name, value in _take(given, set(own)).items()}
-        config = GenerationConfig(**({"max_new_tokens": DEFAULT_MAX_STEPS} | generation))
-        unknown = given.keys() - HARNESS_OPTIONS
-        if unknown:
-            raise ValueError(f"--model_args: layerskip has no argument {', '.join(sorted(unknown))}.")
-        model, tokenizer = load(model_arguments)
-        advice = recommendation(model_arguments.model, model.config.num_hidden_layers)
-        return cls(model, tokenizer, fill_in(config, advice), **given)
+        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        model_arguments, config, options = read_model_args(arg_dict | given)
+        return cls.load(model_arguments, config, **options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "LayerSkipLM":
@@ -237,7 +160,7 @@ class LayerSkipLM(HFLM):
         changes = {"sample": wishes.pop("do_sample") and temperature > 0, "max_new_tokens": max_new_tokens}
         if changes["sample"]:
             changes["temperature"] = temperature
-        changes |= _take(wishes, {"top_k", "top_p", "no_repeat_ngram_size"})
+        changes |= take(wishes, {"top_k", "top_p", "no_repeat_ngram_size"})
         refused = [name for name, value in wishes.items() if NEUTRAL_ARGUMENTS.get(name) != value]
         if refused:
             raise ValueError(f"Generation argument {refused[0]}={wishes[refused[0]]} is not supported.")
@@ -303,22 +226,11 @@ class LayerSkipLM(HFLM):
     def _batches(
         self, requests: Sequence[Request], override_bs: int | None
     ) -> Iterator[tuple[list[int], list[ScoredText]]]:
-        """Numbers of requests and the texts they ask about, the longest first; equal tokens are read once."""
-        sharing: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-        for number, (_, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
-                raise ValueError(
-                    f"A continuation has {len(continuation)} tokens; 1 to {self.max_length} can be scored."
-                )
-            sharing[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(number)
-        order = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
+        shared = share_texts(requests, self.max_length)
         size = override_bs or self.batch_size
-        if size == "auto" and order:
-            size = self._detect_batch_size()
-        for first in range(0, len(order), size):
-            batch = order[first : first + size]
-            texts = [ScoredText(read, [tuple(requests[number][2]) for number in sharing[read]]) for read in batch]
-            yield [number for read in batch for number in sharing[read]], texts
+        if size == "auto":
+            size = self._detect_batch_size() if shared else 1
+        return batches(requests, shared, size)
 
     def _join_other_processes(self) -> None:
         """Under torchrun, take this process's share; lm-eval itself would run everything in every process."""
@@ -330,18 +242,6 @@ class LayerSkipLM(HFLM):
             self._world_size = self.accelerator.num_processes
 
 
-def num_processes() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_device(name: str | None) -> str | None:
-    """The device of this process: the one named, else its own CUDA device where several processes share them."""
-    if name in (None, "cuda") and num_processes() > 1 and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return name
-
-
 def _timed(
     generator: HuggingfaceLlamaGenerator,
     prompts: list[list[int]],
@@ -351,23 +251,6 @@ def _timed(
     start = time.perf_counter()
     results = generator.generate(prompts, config, logits_processors=processors)
     return results, time.perf_counter() - start
-
-
-def _take(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Remove the named entries from `given`, and return them."""
-    return {name: given.pop(name) for name in sorted(names & given.keys())}
-
-
-@contextmanager
-def logging_at(least: int, name: str) -> Iterator[None]:
-    """The logger `name` says what is at least this severe."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(least)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def main() -> None:

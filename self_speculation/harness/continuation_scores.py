@@ -40,11 +40,16 @@ class ScoredText:
 
 @torch.inference_mode()
 def score_continuations(
-    model: LlamaForCausalLM, texts: Sequence[ScoredText], exit_layers: Sequence[int], dtype: torch.dtype | None = None
+    model: LlamaForCausalLM,
+    texts: Sequence[ScoredText],
+    exit_layers: Sequence[int],
+    dtype: torch.dtype | None = None,
+    chunk_logits: int = CHUNK_LOGITS,
 ) -> list[list[Score]]:
     """Scores of all continuations of a batch, text by text, for each of the exit layers (which ascend).
 
-    `dtype` is what the softmax is computed in; the model's own by default.
+    `dtype` is what the softmax is computed in; the model's own by default. `chunk_logits` is how many logits are alive
+    at once.
     """
     fuse(model)
     device = model.get_input_embeddings().weight.device
@@ -54,10 +59,12 @@ def score_continuations(
     places_4N = torch.tensor(_places(texts)).T.contiguous()
     owner_N = places_4N[3]
     num_continuations = int(owner_N[-1]) + 1
+    chunk = max(1, chunk_logits // model.config.vocab_size)
     scores = []
     for hidden_BTD in forward_exits(model, tokens_BT.to(device), exit_layers):
         row_N, position_N, target_N, _ = places_4N.to(hidden_BTD.device)
-        token_scores_2N = _token_scores(model, hidden_BTD[row_N, position_N], target_N, dtype)
+        chunks = zip(hidden_BTD[row_N, position_N].split(chunk), target_N.split(chunk), strict=True)
+        token_scores_2N = torch.cat([_token_scores(model, *own, dtype) for own in chunks], dim=1)
         sums_2S = torch.zeros(2, num_continuations, dtype=torch.double).index_add_(1, owner_N, token_scores_2N)
         scores.append([Score(total, misses == 0) for total, misses in sums_2S.T.tolist()])
     return scores
@@ -77,11 +84,7 @@ def _places(texts: Sequence[ScoredText]) -> list[tuple[int, int, int, int]]:
 
 def _token_scores(model: LlamaForCausalLM, hidden_ND: Tensor, target_N: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Each target's log-probability, and 1 where it is not the most probable token: (2, N), on the CPU in float64."""
-    size = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    chunks = []
-    for hidden_nD, target_n in zip(hidden_ND.split(size), target_N.split(size), strict=True):
-        log_p_nV = exit_logits(model, hidden_nD).log_softmax(-1, dtype=dtype)
-        target_n = target_n.to(log_p_nV.device)
-        log_p_n = log_p_nV.gather(1, target_n[:, None]).squeeze(1)
-        chunks.append(torch.stack([log_p_n.double(), (log_p_nV.argmax(-1) != target_n).double()]).cpu())
-    return torch.cat(chunks, dim=1)
+    log_p_NV = exit_logits(model, hidden_ND).log_softmax(-1, dtype=dtype)
+    target_N = target_N.to(log_p_NV.device)
+    log_p_N = log_p_NV.gather(1, target_N[:, None]).squeeze(1)
+    return torch.stack([log_p_N.double(), (log_p_NV.argmax(-1) != target_N).double()]).cpu()

@@ -23,19 +23,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-import types
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tqdm import tqdm
 
+from self_speculation.measuring import program_process
+from self_speculation.measuring.program_process import REPORT_BYTES
+
 # What begins the text after the function body: the stop strings of Codex, and those that others added to them.
 STOP_WORDS = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\n```")
-
-# What any pipe takes at once: a report is no longer.
-REPORT_BYTES = 512
+# The source of what runs in a program's process.
+PROCESS_SOURCE = inspect.getsource(program_process)
+# Isolated: no PYTHON… variables, no user packages, and the folder is not on the import path.
+PYTHON = (sys.executable, "-I", "-c")
 
 
 class Isolation(StrEnum):
@@ -60,6 +63,21 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Sandbox:
+    """What programs run in: their limits, what keeps them from the network, and the source of their processes.
+
+    By default the network is kept from them by the best that this machine has.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    isolation: Isolation | None = None
+    process_source: str = PROCESS_SOURCE
+
+
+SANDBOX = Sandbox()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Whether a program passed; if not, the exception's name, or "timed out", "out of memory", "exited", "killed: …".
 
@@ -81,40 +99,40 @@ def program(row: Mapping[str, str], answer: str) -> str:
     return f"{row['prompt']}{answer}\n{row['test']}\ncheck({row['entry_point']})\n"
 
 
-def pass_at_1(programs: Sequence[str], limits: Limits | None = None) -> list[Outcome]:
+def pass_at_1(programs: Sequence[str], sandbox: Sandbox = SANDBOX) -> list[Outcome]:
     """The programs' outcomes, in their order; pass@1 is the share that passed. Runs one program per processor."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = pool.map(functools.partial(run, limits=limits), programs)
+        outcomes = pool.map(functools.partial(run, sandbox=sandbox), programs)
         return list(tqdm(outcomes, total=len(programs), desc="Running programs", unit="program"))
 
 
-def run(source: str, limits: Limits | None = None) -> Outcome:
+def run(source: str, sandbox: Sandbox = SANDBOX) -> Outcome:
     """Run a program in a process of its own.
 
     Raises:
         RuntimeError: if the process could not be isolated or limited; the program was not run then.
     """
-    limits = limits or Limits()
-    isolation = network_isolation()
+    isolation = sandbox.isolation or network_isolation()
     in_namespace = isolation is Isolation.NETWORK_NAMESPACE
     token = secrets.token_hex()
     reader, writer = os.pipe()
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            request = (source, token, writer, in_namespace, _resources(sandbox.limits))
             try:
-                process = _start((source, token, writer, in_namespace, _resources(limits)), writer, folder)
+                process = _start(sandbox.process_source, request, writer, folder)
             finally:
                 os.close(writer)
-            report = _wait(process, reader, limits.wall_seconds)
+            report = _wait(process, reader, sandbox.limits.wall_seconds)
     finally:
         os.close(reader)
     return Outcome(*_judge(report, token, process.returncode), isolation)
 
 
 @functools.cache
-def network_isolation() -> Isolation:
+def network_isolation(process_source: str = PROCESS_SOURCE) -> Isolation:
     """What keeps programs from the network on this machine: a namespace where the kernel allows one."""
-    probe = subprocess.run([*_PYTHON, f"{_CHILD}\n_enter_namespace()"], stderr=subprocess.DEVNULL)
+    probe = subprocess.run([*PYTHON, f"{process_source}\nenter_namespace()"], stderr=subprocess.DEVNULL)
     return Isolation.BLOCKED_SOCKETS if probe.returncode else Isolation.NETWORK_NAMESPACE
 
 
@@ -133,7 +151,7 @@ def _resources(limits: Limits) -> list[tuple[int, int, int]]:
     return resources + memory
 
 
-def _start(request: tuple[object, ...], writer: int, folder: str) -> subprocess.Popen[bytes]:
+def _start(process_source: str, request: tuple[object, ...], writer: int, folder: str) -> subprocess.Popen[bytes]:
     """The new process in `folder`, with `request` in its standard input, and holding the pipe end `writer`."""
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
     # A file, not a pipe: nobody has to keep writing, and nothing breaks if the process dies early.
@@ -141,7 +159,7 @@ def _start(request: tuple[object, ...], writer: int, folder: str) -> subprocess.
         file.write(marshal.dumps(request))
         file.seek(0)
         return subprocess.Popen(
-            [*_PYTHON, f"{_CHILD}\n_main()"],
+            [*PYTHON, f"{process_source}\nmain()"],
             stdin=file,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -180,76 +198,3 @@ def _judge(report: str | None, token: str, returncode: int) -> tuple[bool, str]:
     if event == "refused":
         raise RuntimeError(f"The program was not run, because its process could not be isolated: {name}")
     return event == "returned", {"SystemExit": "exited", "MemoryError": "out of memory"}.get(name, name)
-
-
-# What runs in the new process. Its source is handed over as text, so that it imports only what it needs: a start
-# takes the time of Python's own, and the program finds nothing of this package.
-
-
-def _main() -> None:
-    """Isolate this process, run the program that is in the standard input, and report how it ended."""
-    source, token, writer, in_namespace, resources = marshal.loads(sys.stdin.buffer.read())
-    # What the program may replace is taken before it runs.
-    pid, getpid, write = os.getpid(), os.getpid, os.write
-    try:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        _enter_namespace() if in_namespace else sys.addaudithook(_refuse_sockets)
-        for limit in resources:
-            _limit(*limit)
-    except (OSError, ValueError) as error:
-        event = f"refused {error!r}"
-    else:
-        event = _execute(source)
-    # A fork of the program that comes to its end has nothing to report. Who has reported is killed at once: neither
-    # threads nor exit handlers run on.
-    if getpid() == pid:
-        write(writer, f"{token} {event}".encode(errors="replace")[:REPORT_BYTES])
-
-
-def _execute(source: str) -> str:
-    """Run the program as the main module; what ended it."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    try:
-        exec(compile(source, "<program>", "exec"), module.__dict__)
-    except BaseException as error:
-        return f"raised {type(error).__name__}"
-    return "returned passed"
-
-
-def _enter_namespace() -> None:
-    """Move this process to a network namespace of its own, in which not even the loopback device is up."""
-    import ctypes
-
-    clone_newuser, clone_newnet = 0x10000000, 0x40000000
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(clone_newuser | clone_newnet):
-        raise OSError(ctypes.get_errno(), "no network namespace")
-
-
-def _refuse_sockets(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook, which cannot be taken off, that lets through nothing but unconnected local sockets.
-
-    Event loops need a pair of those, to wake up.
-    """
-    is_local_pair = event == "socket.__new__" and arguments[1] == 1
-    if event.startswith("socket.") and not is_local_pair:
-        raise PermissionError(f"{event}: programs have no network")
-
-
-def _limit(kind: int, soft: int, hard: int) -> None:
-    """Set a limit of this process, within what is allowed to it."""
-    _, highest = resource.getrlimit(kind)
-    bounds = [bound if highest == resource.RLIM_INFINITY else min(bound, highest) for bound in (soft, hard)]
-    resource.setrlimit(kind, tuple(bounds))
-
-
-_CHILD = "\n".join(
-    [
-        "import marshal, os, resource, sys, types",
-        f"REPORT_BYTES = {REPORT_BYTES}",
-        *map(inspect.getsource, (_main, _execute, _enter_namespace, _refuse_sockets, _limit)),
-    ]
-)
-# Isolated: no PYTHON… variables, no user packages, and the folder is not on the import path.
-_PYTHON = (sys.executable, "-I", "-c")

@@ -7,7 +7,8 @@ the two tokens' logits, recomputed in float32, is at most 4 · eps(dtype) · max
 import copy
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -35,9 +36,19 @@ class Difference:
         """Whether rounding explains it."""
         return self.margin is not None and self.margin <= self.tolerance
 
+    def sentence(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Where two answers differ, in what, and whether rounding explains it."""
+        expected, actual = (
+            "the end" if token is None else repr(tokenizer.decode([token]))
+            for token in (self.expected_token, self.actual_token)
+        )
+        kind = "tie" if self.is_tie else "FAILURE"
+        margin = "" if self.margin is None else f", margin {self.margin:.2e} (tie up to {self.tolerance:.2e})"
+        return f"sample {self.sample}, token {self.position}: {expected} expected, {actual} found: {kind}{margin}"
+
 
 @dataclass
-class Cell:
+class CellReport:
     """What one exit layer and draft length gave over all samples."""
 
     exit_layer: int
@@ -46,6 +57,11 @@ class Cell:
     drafted: int = 0
     accepted: int = 0
     differences: list[Difference] = field(default_factory=list)
+
+    def add(self, difference: Difference | None) -> None:
+        """One more sample, and where it differs."""
+        self.num_samples += 1
+        self.differences += [difference] if difference else []
 
     @property
     def num_ties(self) -> int:
@@ -67,12 +83,22 @@ class Cell:
         """No failure, and ties in at most 1 % of the samples."""
         return not self.num_failures and self.num_ties <= MOST_TIES * self.num_samples
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the record."""
+        rates = {"acceptance_rate": self.acceptance_rate, "ties": self.num_ties, "failures": self.num_failures}
+        differences = [asdict(difference) | {"is_tie": difference.is_tie} for difference in self.differences]
+        return asdict(self) | rates | {"differences": differences}
+
 
 class EquivalenceCheck:
     """Runs a grid of (E, d) against one autoregressive baseline per batch of prompts."""
 
     def __init__(
-        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, cells: list[Cell]
+        self,
+        model: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GenerationConfig,
+        cells: list[CellReport],
     ) -> None:
         self.model = model
         self.config = config
@@ -81,7 +107,7 @@ class EquivalenceCheck:
         self.candidate = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
         self.num_samples = 0
 
-    def run(self, prompts: list[str]) -> Iterator[Cell]:
+    def run(self, prompts: list[str]) -> Iterator[CellReport]:
         """Decode a batch of prompts by the baseline and in every cell; yields each cell when it is done."""
         encoded = [self.baseline.encode(prompt) for prompt in prompts]
         expected = self.baseline.generate(encoded, dataclasses.replace(self.config, compile="none"))
@@ -90,13 +116,10 @@ class EquivalenceCheck:
                 self.config, exit_layer=cell.exit_layer, num_speculations=cell.num_speculations
             )
             for row, actual in enumerate(self.candidate.generate(encoded, config)):
-                cell.num_samples += 1
                 cell.drafted += actual.num_drafted
                 cell.accepted += actual.num_accepted
-                difference = compare(
-                    self.model, self.num_samples + row, encoded[row], expected[row].tokens, actual.tokens
-                )
-                cell.differences += [difference] if difference else []
+                sample = self.num_samples + row
+                cell.add(compare(self.model, sample, encoded[row], expected[row].tokens, actual.tokens))
             yield cell
         self.num_samples += len(prompts)
 

@@ -1,293 +1,191 @@
-"""Speed, measured: strategies interleaved over the same prompts, what an answer cost, and the totals.
+"""What a strategy's rounds come to: its times with their spread, its counts, and its speed-up over another's.
 
-All figures are counted from token ids. The decode rate counts the tokens after the first delivery and the time since
-then; every figure says whether it is a total, which weighs long answers more, or a mean.
-
-Prompts are answered in batches, of one by default. A batch's seconds are those of all its rows together, and each row
-has them in its measurement: *throughput* is the tokens of all rows over the batch's seconds, counted once, and
-*latency* is what a row waits: the seconds until its whole batch is done, and these over the row's own tokens.
+Every figure says whether it is a total, which weighs long answers more, or a mean. A field's name is the key under
+which result files have it; where a figure does not apply, it is None here and absent there, or null if that says more.
 """
 
-import dataclasses
-import gc
-import itertools
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
 
-import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from self_speculation.measuring.measurements import Measurement, Round, ratio
 
-from self_speculation.generator_base import (
-    GenerationConfig,
-    GenerationResult,
-    HuggingfaceLlamaGenerator,
-)
-from self_speculation.loading import make_strategy
-from self_speculation.measuring.prediction import PassCosts
-from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
-from self_speculation.measuring.surroundings import live_tensor_bytes
 
-WARM_UP_TOKENS = 32
-# How often the CPU's live tensors are counted during an answer: a count takes longer than a step.
-MEMORY_LOOKS = 8
-# What a speed-up is over: the first of these that was measured.
-BASELINES = ("autoregressive", "hf_generate")
+class Spread(NamedTuple):
+    """The least and the greatest of a figure."""
+
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least one value."""
+        return cls(min(values), max(values))
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One answer: its tokens, each step's drafted, accepted and committed tokens, and its batch's times in seconds."""
+class Times:
+    """The figures that change from round to round."""
 
-    tokens: list[int]
-    text: str
-    stop_reason: str
-    prefill_seconds: float
-    first_token_seconds: float
-    decode_seconds: float
-    drafted: list[int]
-    accepted: list[int]
-    committed: list[int]
+    tokens_per_second: float
+    decode_tokens_per_second: float
+    mean_tokens_per_second: float
+    mean_decode_tokens_per_second: float
+    decode_seconds_per_token: float
+    mean_first_token_seconds: float
+    mean_batch_seconds: float
+    seconds: float
+    # None where prefill and first tokens come as one.
+    mean_prefill_seconds: float | None = None
 
     @classmethod
-    def of(cls, result: GenerationResult) -> "Measurement":
-        """What is kept of an answer."""
+    def of(cls, one: Round) -> "Times":
+        """A round's. The speeds are of all its tokens, or means over its batches."""
+        samples, batches = one.measurements, one.batches
         return cls(
-            tokens=result.tokens,
-            text=result.text,
-            stop_reason=str(result.stop_reason),
-            prefill_seconds=result.prefill_seconds,
-            first_token_seconds=result.first_token_seconds,
-            decode_seconds=result.decode_seconds,
-            drafted=[len(step.drafted) for step in result.steps],
-            accepted=result.accepted_per_step,
-            committed=[len(step.tokens) for step in result.steps],
+            tokens_per_second=one.tokens_per_second,
+            decode_tokens_per_second=one.decode_tokens_per_second,
+            mean_tokens_per_second=mean(ratio(b.num_tokens, b.seconds) for b in batches),
+            mean_decode_tokens_per_second=mean(ratio(b.decode_tokens, b.decode_seconds) for b in batches),
+            decode_seconds_per_token=one.decode_seconds_per_token,
+            mean_first_token_seconds=mean(m.first_token_seconds for m in samples),
+            mean_batch_seconds=mean(b.seconds for b in batches),
+            seconds=one.batch_total(lambda b: b.seconds),
+            mean_prefill_seconds=mean(m.prefill_seconds for m in samples) or None,
         )
 
-    @property
-    def seconds(self) -> float:
-        """From the prompt to the last token."""
-        return self.first_token_seconds + self.decode_seconds
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens after the first delivery."""
-        return sum(self.committed[1:])
+    def as_json(self) -> dict[str, float]:
+        """The figures that there are, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A strategy with its settings."""
+class Counts:
+    """The figures that follow from the tokens alone; rates are None without drafts."""
 
-    generator: HuggingfaceLlamaGenerator
-    config: GenerationConfig
+    samples: int
+    tokens: int
+    steps: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float | None
+    mean_acceptance_rate: float | None
+    tokens_per_step: float
+    mean_tokens_per_step: float
+    acceptance_by_position: list[float]
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> "Contestant":
-        """The strategy that the config names."""
-        return cls(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config)), config)
-
-    def run(self, prompts: list[list[int]]) -> list[Measurement]:
-        """Answer a batch of prompts, all at once."""
-        return [Measurement.of(result) for result in self.generator.generate(prompts, self.config)]
-
-    def warm_up(self, prompts: list[list[int]]) -> None:
-        """Answers that no one counts: short ones, or whole ones where a longer answer would be compiled for anew."""
-        is_whole = isinstance(self.generator.strategy, HuggingfaceStaticStrategy)
-        max_new_tokens = self.config.max_new_tokens if is_whole else min(self.config.max_new_tokens, WARM_UP_TOKENS)
-        self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=max_new_tokens))
-
-    def peak_bytes(self, prompts: list[list[int]]) -> int:
-        """The most memory during a batch's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
-        if self.generator.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.run(prompts)
-            return torch.cuda.max_memory_allocated()
-        return self._peak_live_bytes(prompts)
-
-    def _peak_live_bytes(self, prompts: list[list[int]]) -> int:
-        """Live tensors are counted when an LM head has just run, now and then and so near the end too.
-
-        What is compiled runs as it is written: no one can look into it, and the hook would have it compiled anew.
-        """
-        gc.collect()
-        peak, calls = 0, itertools.count(1)
-        every = max(1, self.config.max_new_tokens // MEMORY_LOOKS)
-
-        def look(*_: object) -> None:
-            nonlocal peak
-            if next(calls) % every == 0:
-                peak = max(peak, live_tensor_bytes())
-
-        handle = self.generator.model.lm_head.register_forward_hook(look)
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                self.run(prompts)
-        finally:
-            handle.remove()
-        return peak
-
-
-def interleaved(
-    contestants: dict[Any, Contestant], prompts: list[list[int]], turn: int
-) -> dict[Any, list[Measurement]]:
-    """Every contestant's answers to a batch of prompts; who begins changes with the turn."""
-    names = list(contestants)
-    start = turn % len(names)
-    answers = {name: contestants[name].run(prompts) for name in names[start:] + names[:start]}
-    return {name: answers[name] for name in names}
+    def of(cls, one: Round) -> "Counts":
+        """A round's."""
+        answers = one.measurements
+        tokens, steps = sum(len(m.tokens) for m in answers), sum(len(m.committed) for m in answers)
+        drafted, accepted = sum(sum(m.drafted) for m in answers), sum(sum(m.accepted) for m in answers)
+        rates = [sum(m.accepted) / sum(m.drafted) for m in answers if sum(m.drafted)]
+        return cls(
+            samples=len(answers),
+            tokens=tokens,
+            steps=steps,
+            drafted=drafted,
+            accepted=accepted,
+            acceptance_rate=accepted / drafted if drafted else None,
+            mean_acceptance_rate=mean(rates) if rates else None,
+            tokens_per_step=ratio(tokens, steps),
+            mean_tokens_per_step=mean(ratio(len(m.tokens), len(m.committed)) for m in answers),
+            acceptance_by_position=acceptance_by_position(answers),
+        )
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Answers that were given together, in the same seconds."""
+class Totals:
+    """A strategy's figures: each time's median over the rounds, least and greatest; the counts of the first round."""
 
-    rows: list[Measurement]
-
-    @property
-    def seconds(self) -> float:
-        """From the prompts to the last row's last token."""
-        return max(row.seconds for row in self.rows)
-
-    @property
-    def decode_seconds(self) -> float:
-        """From the first delivery to the last row's last token."""
-        return max(row.decode_seconds for row in self.rows)
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens of all rows."""
-        return sum(len(row.tokens) for row in self.rows)
-
-    @property
-    def decode_tokens(self) -> int:
-        """All rows' tokens after the first delivery."""
-        return sum(row.decode_tokens for row in self.rows)
-
-    @property
-    def steps(self) -> int:
-        """Steps after the first delivery: rows step together, until the last of them ends."""
-        return max(len(row.committed[1:]) for row in self.rows)
-
-    @property
-    def drafting_passes(self) -> int:
-        """Drafts made after the first delivery, by one pass for all rows each."""
-        drafted = itertools.zip_longest(*(row.drafted[1:] for row in self.rows), fillvalue=0)
-        return sum(map(max, drafted))
-
-
-@dataclass(frozen=True)
-class WeightBytes:
-    """Bytes of the weights that decoding reads; embeddings are looked up, not read."""
-
-    layers: list[int]
-    head: int
-    vocabulary: int
+    times: Times
+    least: Times
+    greatest: Times
+    counts: Counts
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM) -> "WeightBytes":
-        """The layers, and the final norm with the LM head."""
-        layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in model.model.layers]
-        return cls(layers, model.model.norm.weight.nbytes + model.lm_head.weight.nbytes, model.config.vocab_size)
+    def of(cls, rounds: list[Round]) -> "Totals":
+        """Of at least one round; all have the same answers."""
+        times = [Times.of(one).as_json() for one in rounds]
+        values = {name: [one[name] for one in times] for name in times[0]}
+        chosen = (
+            Times(**{name: choose(own) for name, own in values.items()}) for choose in (statistics.median, min, max)
+        )
+        return cls(*chosen, Counts.of(rounds[0]))
 
-    @property
-    def all(self) -> int:
-        """What an autoregressive step reads."""
-        return sum(self.layers) + self.head
+    def as_json(self) -> dict[str, Any]:
+        """Each time, then NAME_spread, then the counts."""
+        times: dict[str, Any] = {}
+        for name, value in self.times.as_json().items():
+            times |= {name: value, f"{name}_spread": [getattr(self.least, name), getattr(self.greatest, name)]}
+        return times | asdict(self.counts)
 
-    def read(self, batch: Batch, config: GenerationConfig) -> int:
-        """Bytes read after the first delivery, for all rows at once.
-
-        A draft reads layers [0, E) and the head, or as much of it as `draft_vocab` leaves; a step all that verify.
-        """
-        early = sum(self.layers[: config.exit_layer])
-        draft = early + (self.head if config.draft_vocab is None else config.draft_vocab * self.head // self.vocabulary)
-        step = early + self.head if config.generation_strategy == "early_exit" else self.all
-        return batch.drafting_passes * draft + batch.steps * step
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Totals":
+        """What `as_json` made, whatever else stands beside it."""
+        names = [item.name for item in fields(Times) if item.name in values]
+        least, greatest = (Times(**{name: values[f"{name}_spread"][end] for name in names}) for end in (0, 1))
+        counts = Counts(**{item.name: values[item.name] for item in fields(Counts)})
+        return cls(Times(**{name: values[name] for name in names}), least, greatest, counts)
 
 
-@dataclass
-class Round:
-    """One strategy's answers to all prompts, once, in batches of `batch_size`; the last one may be smaller."""
+@dataclass(frozen=True)
+class SpeedUp:
+    """Tokens a second, end to end, over a baseline's: round by round, and batch by batch in all rounds.
 
-    measurements: list[Measurement] = field(default_factory=list)
-    batch_size: int = 1
+    At batch 1 a batch is a sample, and the figures' names say so.
+    """
 
-    @property
-    def batches(self) -> list[Batch]:
-        """The answers, by batch."""
-        starts = range(0, len(self.measurements), self.batch_size)
-        return [Batch(self.measurements[start : start + self.batch_size]) for start in starts]
+    speedup: float
+    speedup_spread: Spread
+    decode_speedup: float
+    sample_speedup_median: float
+    sample_speedup_spread: Spread
 
-    def total(self, value: Callable[[Measurement], float]) -> float:
-        """The sum of a figure over the answers."""
-        return sum(map(value, self.measurements))
+    @classmethod
+    def of(cls, rounds: list[Round], baseline: list[Round]) -> "SpeedUp":
+        """Of the same prompts, in the same batches."""
+        pairs = list(zip(rounds, baseline, strict=True))
+        ratios = [ratio(own.tokens_per_second, other.tokens_per_second) for own, other in pairs]
+        decode = [ratio(own.decode_tokens_per_second, other.decode_tokens_per_second) for own, other in pairs]
+        samples = [
+            ratio(ours.num_tokens * theirs.seconds, theirs.num_tokens * ours.seconds)
+            for own, other in pairs
+            for ours, theirs in zip(own.batches, other.batches, strict=True)
+        ]
+        return cls(
+            speedup=statistics.median(ratios),
+            speedup_spread=Spread.of(ratios),
+            decode_speedup=statistics.median(decode),
+            sample_speedup_median=statistics.median(samples),
+            sample_speedup_spread=Spread.of(samples),
+        )
 
-    def batch_total(self, value: Callable[[Batch], float]) -> float:
-        """The sum of a figure over the batches: what rows share, like time, counts once."""
-        return sum(map(value, self.batches))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All tokens over all time, prefill included: throughput."""
-        return ratio(self.batch_total(lambda b: b.num_tokens), self.batch_total(lambda b: b.seconds))
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Tokens after the first deliveries over the time since then: throughput."""
-        return ratio(self.batch_total(lambda b: b.decode_tokens), self.batch_total(lambda b: b.decode_seconds))
-
-    @property
-    def decode_seconds_per_token(self) -> float:
-        """What a row waits for each of its tokens after the first delivery, until its whole batch is done: latency."""
-        return ratio(self.total(lambda m: m.decode_seconds), self.total(lambda m: m.decode_tokens))
-
-    @property
-    def times(self) -> dict[str, float]:
-        """The figures that change from round to round. No prefill without its own."""
-        samples, batches = self.measurements, self.batches
-        prefill = mean(m.prefill_seconds for m in samples)
-        return {
-            "tokens_per_second": self.tokens_per_second,
-            "decode_tokens_per_second": self.decode_tokens_per_second,
-            "mean_tokens_per_second": mean(ratio(b.num_tokens, b.seconds) for b in batches),
-            "mean_decode_tokens_per_second": mean(ratio(b.decode_tokens, b.decode_seconds) for b in batches),
-            "decode_seconds_per_token": self.decode_seconds_per_token,
-            "mean_first_token_seconds": mean(m.first_token_seconds for m in samples),
-            "mean_batch_seconds": mean(b.seconds for b in batches),
-            "seconds": self.batch_total(lambda b: b.seconds),
-        } | ({"mean_prefill_seconds": prefill} if prefill else {})
-
-    @property
-    def counts(self) -> dict[str, Any]:
-        """The figures that follow from the tokens alone."""
-        steps = self.total(lambda m: len(m.committed))
-        drafted, accepted = self.total(lambda m: sum(m.drafted)), self.total(lambda m: sum(m.accepted))
-        rates = [sum(m.accepted) / sum(m.drafted) for m in self.measurements if sum(m.drafted)]
-        return {
-            "samples": len(self.measurements),
-            "tokens": self.total(lambda m: len(m.tokens)),
-            "steps": steps,
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance_rate": accepted / drafted if drafted else None,
-            "mean_acceptance_rate": statistics.mean(rates) if rates else None,
-            "tokens_per_step": ratio(self.total(lambda m: len(m.tokens)), steps),
-            "mean_tokens_per_step": mean(ratio(len(m.tokens), len(m.committed)) for m in self.measurements),
-            "acceptance_by_position": acceptance_by_position(self.measurements),
+    def as_json(self) -> dict[str, Any]:
+        """The figures, by name."""
+        return asdict(self) | {
+            "speedup_spread": list(self.speedup_spread),
+            "sample_speedup_spread": list(self.sample_speedup_spread),
         }
 
 
-def ratio(over: float, under: float) -> float:
-    """A quotient; 0 where there is nothing to divide by."""
-    return over / under if under else 0.0
+@dataclass(frozen=True)
+class Comparison:
+    """A strategy's totals, and its speed-up over a baseline."""
 
+    totals: Totals
+    speedup: SpeedUp
 
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean; 0 of nothing."""
-    values = list(values)
-    return statistics.mean(values) if values else 0.0
+    @classmethod
+    def of(cls, rounds: list[Round], baseline: list[Round]) -> "Comparison":
+        """Of the same prompts, in the same batches."""
+        return cls(Totals.of(rounds), SpeedUp.of(rounds, baseline))
+
+    def as_json(self) -> dict[str, Any]:
+        """Both, side by side."""
+        return self.totals.as_json() | self.speedup.as_json()
 
 
 def acceptance_by_position(measurements: list[Measurement]) -> list[float]:
@@ -300,70 +198,16 @@ def acceptance_by_position(measurements: list[Measurement]) -> list[float]:
     ]
 
 
-def totals(rounds: list[Round]) -> dict[str, Any]:
-    """A strategy's figures: times as medians over the rounds with their least and greatest, counts of the first."""
-    times: dict[str, Any] = {}
-    for name in rounds[0].times:
-        values = [one.times[name] for one in rounds]
-        times[name] = statistics.median(values)
-        times[f"{name}_spread"] = [min(values), max(values)]
-    return times | rounds[0].counts
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; 0 of nothing."""
+    values = list(values)
+    return statistics.mean(values) if values else 0.0
 
 
-def speedup(rounds: list[Round], baseline: list[Round]) -> dict[str, Any]:
-    """Tokens a second, end to end, over the baseline's: round by round, and batch by batch in all rounds.
-
-    At batch 1 a batch is a sample, and the figures' names say so.
-    """
-    ratios = [ratio(a.tokens_per_second, b.tokens_per_second) for a, b in zip(rounds, baseline, strict=True)]
-    samples = [
-        ratio(ours.num_tokens * other.seconds, other.num_tokens * ours.seconds)
-        for one, base in zip(rounds, baseline, strict=True)
-        for ours, other in zip(one.batches, base.batches, strict=True)
-    ]
-    decode = [
-        ratio(a.decode_tokens_per_second, b.decode_tokens_per_second) for a, b in zip(rounds, baseline, strict=True)
-    ]
-    return {
-        "speedup": statistics.median(ratios),
-        "speedup_spread": [min(ratios), max(ratios)],
-        "decode_speedup": statistics.median(decode),
-        "sample_speedup_median": statistics.median(samples),
-        "sample_speedup_spread": [min(samples), max(samples)],
-    }
-
-
-def bandwidth_share(rounds: list[Round], config: GenerationConfig, weights: WeightBytes, bandwidth: float) -> float:
-    """The share of the memory bandwidth that decoding reached, from the weights that it read."""
-    shares = [
-        ratio(one.batch_total(lambda b: weights.read(b, config)), one.batch_total(lambda b: b.decode_seconds))
-        / bandwidth
-        for one in rounds
-    ]
-    return statistics.median(shares)
-
-
-def ideal_speedup(
-    rounds: list[Round], baseline: list[Round], costs: PassCosts, cell: tuple[int, int], num_layers: int
-) -> float:
-    """What self-speculative decoding at an (E, d) could reach over autoregressive decoding, were there only passes.
-
-    For one prompt and drafts that are all d long it is
-
-        S_ideal = tokens per step · t_AR / (d · t_draft + t_verify)
-
-    where t_draft is a pass of layers [0, E) and the head, t_verify one of layers [0, E) over the last draft and of
-    layers [E, L) and the head over d+1 tokens, and t_AR one of all layers and the head over one token. Here the
-    steps and drafts are those that were counted after the first delivery, of both strategies, so that drafts shorter
-    than d, at an answer's end, and rows of a batch that wait for others are part of the ideal. What is not: the host's
-    work between passes, and whatever a pass costs more in decoding than when it is timed by itself.
-
-    Passes are timed with all rows of a batch, and E = L, d = 0 stands for the autoregressive step. 0 without tokens
-    after the first delivery.
-    """
-
-    def rate(one: Round, own_cell: tuple[int, int]) -> float:
-        steps, drafts = one.batch_total(lambda b: b.steps), one.batch_total(lambda b: b.drafting_passes)
-        return ratio(one.batch_total(lambda b: b.decode_tokens), costs.seconds(own_cell, steps, drafts))
-
-    return ratio(rate(rounds[0], cell), rate(baseline[0], (num_layers, 0)))
+def rounded(value: Any) -> Any:
+    """The same with numbers of six digits, as much as anyone reads."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from self_speculation.measuring.cell import Cell
+
 CELL_INCHES = (0.85, 0.42)
 
 
@@ -16,9 +18,9 @@ class GridMap:
     """A value in every cell (E, d), a label where there is one, and the cell to mark."""
 
     title: str
-    values: dict[tuple[int, int], float]
-    labels: dict[tuple[int, int], str]
-    best: tuple[int, int] | None = None
+    values: dict[Cell, float]
+    labels: dict[Cell, str]
+    best: Cell | None = None
 
 
 def save_map(grid: GridMap, path: Path) -> None:
@@ -42,20 +44,20 @@ def save_map(grid: GridMap, path: Path) -> None:
             x, y, label, ha="center", va="center", fontsize=8, color="white" if values[y, x] < middle else "black"
         )
     if grid.best is not None:
-        x, y = drafts.index(grid.best[1]), exit_layers.index(grid.best[0])
+        x, y = drafts.index(grid.best.num_speculations), exit_layers.index(grid.best.exit_layer)
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
     figure.colorbar(image)
     _save(figure, path)
 
 
-def save_scatter(predicted: dict[tuple[int, int], float], measured: dict[tuple[int, int], float], path: Path) -> None:
+def save_scatter(predicted: dict[Cell, float], measured: dict[Cell, float], path: Path) -> None:
     """Predicted against measured tokens a second, coloured by exit layer, with the line on which they agree."""
     cells = sorted(predicted.keys() & measured.keys())
     x, y = ([source[cell] for cell in cells] for source in (measured, predicted))
     error = np.median([abs(a / b - 1) for a, b in zip(y, x, strict=True)])
     figure = Figure(figsize=(5.6, 5), layout="constrained")
     axes = figure.add_subplot()
-    points = axes.scatter(x, y, c=[cell[0] for cell in cells], cmap="viridis")
+    points = axes.scatter(x, y, c=[cell.exit_layer for cell in cells], cmap="viridis")
     ends = [min(x + y), max(x + y)]
     axes.plot(ends, ends, color="grey", linewidth=1, linestyle="--")
     axes.set(

@@ -7,52 +7,27 @@ d drafted tokens, and a verification.
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary, E exit layers, N tokens of the answer.
 """
 
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.compilation import Pass, compiled, compiling
-from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.early_exit import exit_logits, forward_exits
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.rows import DecodingState, prefill
 from self_speculation.decoding.sampling import probabilities, process_logits, warpers
-from self_speculation.decoding.session import Decoding
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
     GenerationResult,
     HuggingfaceLlamaGenerator,
-    synchronize,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.self_speculation_generator import draft_token, verify
-
-# Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
-# many are not timed, for caches hold what other passes left.
-CALLS = 4
-ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class PassCosts:
-    """Median seconds of single passes of a batch: a token's draft at E, and the verification at (E, d)."""
-
-    draft: dict[int, float]
-    verification: dict[tuple[int, int], float]
-
-    def seconds(self, cell: tuple[int, int], steps: float, drafted: float) -> float:
-        """What so many steps and drafts take at an (E, d); at d = 0 there are no drafts."""
-        return steps * self.verification[cell] + (drafted * self.draft[cell[0]] if drafted else 0)
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.passes import PassCosts
 
 
 @dataclass(frozen=True)
@@ -73,6 +48,11 @@ class Prediction:
     tokens_per_second: float
     acceptance_rate: float
     tokens_per_step: float
+
+    @property
+    def cell(self) -> Cell:
+        """Its place in the grid."""
+        return Cell(self.exit_layer, self.num_speculations)
 
 
 def profile(
@@ -117,78 +97,21 @@ def acceptance_chances(
     return torch.cat(overlaps).double().cpu().numpy()
 
 
-@torch.inference_mode()
-def measure_passes(
-    model: LlamaForCausalLM,
-    request: GenerationRequest,
-    cells: list[tuple[int, int]],
-    rounds: int = ROUNDS,
-    calls: int = CALLS,
-) -> PassCosts:
-    """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
-    longest = max(num_speculations for _, num_speculations in cells)
-    decoding = Decoding(model, request, longest)
-    # What is timed again and again always starts from the same tokens.
-    decoding.state.active_B.zero_()
-    prefill(model, decoding.state, model.config.num_hidden_layers)
-    decoding.state.cache.see(max(map(len, request.prompts)) + longest)
-    passes = _passes(model, decoding.state, cells, request.config)
-    with compiling(model, request.config.compile):
-        for run in passes.values():
-            run()
-    seconds: dict[tuple[int, ...], list[float]] = {key: [] for key in passes}
-    for _ in tqdm(range(rounds), desc="Timing passes", unit="round"):
-        for key, run in passes.items():
-            for _ in range(calls // 4):
-                run()
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            synchronize()
-            seconds[key].append((time.perf_counter() - start) / calls)
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    return PassCosts(
-        draft={key[0]: value for key, value in median.items() if len(key) == 1},
-        verification={key: value for key, value in median.items() if len(key) == 2},
-    )
-
-
-def _passes(
-    model: LlamaForCausalLM, state: DecodingState, cells: list[tuple[int, int]], config: GenerationConfig
-) -> dict[tuple[int, ...], Callable[[], object]]:
-    """A token's draft under (E), verification under (E, d); compiled if decoding is."""
-    draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
-
-    def prepared(function: Pass, *arguments: object) -> Callable[[], object]:
-        return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
-
-    passes: dict[tuple[int, ...], Callable[[], object]] = {}
-    for exit_layer, num_speculations in cells:
-        indices = state.cache.positions_C[:num_speculations]
-        drafted = [draft_token(model, state, index, exit_layer, draft_head) for index in indices]
-        if num_speculations:
-            passes[exit_layer,] = prepared(draft_token, model, state, indices[0], exit_layer, draft_head)
-        passes[exit_layer, num_speculations] = prepared(verify, model, state, exit_layer, drafted)
-    return passes
-
-
-def predict(profiles: list[Profile], cells: list[tuple[int, int]], costs: PassCosts) -> list[Prediction]:
+def predict(profiles: list[Profile], cells: Sequence[Cell], costs: PassCosts) -> list[Prediction]:
     """Every cell's tokens a second over the profiled answers; the profiles have the cells' exit layers in order."""
-    rows = {exit_layer: row for row, exit_layer in enumerate(sorted({exit_layer for exit_layer, _ in cells}))}
+    rows = {exit_layer: row for row, exit_layer in enumerate(sorted({cell.exit_layer for cell in cells}))}
     counts = {
         drafts: [step_counts(one.chances_EN, drafts, one.limit) for one in profiles]
-        for drafts in {drafts for _, drafts in cells}
+        for drafts in {cell.num_speculations for cell in cells}
     }
     num_tokens = sum(len(one.result.tokens) for one in profiles)
     prefill_seconds = sum(one.result.prefill_seconds for one in profiles)
     predictions = []
-    for exit_layer, drafts in cells:
-        row = rows[exit_layer]
-        steps = sum(float(one.steps_E[row]) for one in counts[drafts])
-        drafted = sum(float(one.drafted_E[row]) for one in counts[drafts])
-        accepted = sum(float(one.accepted_E[row]) for one in counts[drafts])
-        seconds = prefill_seconds + costs.seconds((exit_layer, drafts), steps, drafted)
-        rates = (num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps)
-        predictions.append(Prediction(exit_layer, drafts, *rates))
+    for cell in cells:
+        row, own = rows[cell.exit_layer], counts[cell.num_speculations]
+        steps = sum(float(one.steps_E[row]) for one in own)
+        drafted = sum(float(one.drafted_E[row]) for one in own)
+        accepted = sum(float(one.accepted_E[row]) for one in own)
+        seconds = prefill_seconds + costs.seconds(cell, steps, drafted)
+        predictions.append(Prediction(*cell, num_tokens / seconds, accepted / max(drafted, 1), num_tokens / steps))
     return predictions

@@ -5,17 +5,19 @@ from pathlib import Path
 
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load, make_strategy
-from self_speculation.measuring.prediction import Prediction, measure_passes, predict, profile
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.passes import measure_passes
+from self_speculation.measuring.prediction import Prediction, predict, profile
 
 MAX_EXITS = 12
 MAX_SPECULATIONS = 8
 
 
-def candidates(exit_layers: tuple[int, ...], num_layers: int) -> list[tuple[int, int]]:
+def candidates(exit_layers: tuple[int, ...], num_layers: int) -> list[Cell]:
     """Every (E, d) to choose among: at most twelve exits short of the last layer, spread evenly; d = 1 … 8."""
     exits = [exit_layer for exit_layer in exit_layers if exit_layer < num_layers]
     chosen = {exits[round(n * (len(exits) - 1) / (MAX_EXITS - 1))] for n in range(MAX_EXITS)} if exits else set()
-    return [(exit_layer, drafts) for exit_layer in sorted(chosen) for drafts in range(1, MAX_SPECULATIONS + 1)]
+    return [Cell(exit_layer, drafts) for exit_layer in sorted(chosen) for drafts in range(1, MAX_SPECULATIONS + 1)]
 
 
 def recommend(
@@ -37,6 +39,5 @@ def recommend(
         return None
     costs = measure_passes(model, generator.request(prompts[:1], config), cells)
     best = max(predict(answers, cells, costs), key=lambda cell: cell.tokens_per_second)
-    choice = {"exit_layer": best.exit_layer, "num_speculations": best.num_speculations}
-    (folder / RECOMMENDATION_FILE).write_text(json.dumps(choice, indent=2) + "\n")
+    (folder / RECOMMENDATION_FILE).write_text(json.dumps(best.cell._asdict(), indent=2) + "\n")
     return best

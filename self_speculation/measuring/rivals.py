@@ -30,6 +30,9 @@ from self_speculation.generator_base import (
     check_exit_layer,
 )
 
+# Seconds since some moment.
+Clock = Callable[[], float]
+
 
 class HuggingfaceStrategy(GenerationStrategy):
     """transformers' `generate`, autoregressive; the prompts of a batch are padded on the left."""
@@ -37,13 +40,17 @@ class HuggingfaceStrategy(GenerationStrategy):
     # They would see the padding.
     takes_batched_processors = False
 
+    def __init__(self, model: LlamaForCausalLM, clock: Clock = time.perf_counter) -> None:
+        super().__init__(model)
+        self.clock = clock
+
     def options(self, config: GenerationConfig) -> dict[str, Any]:
         """Arguments of `generate` that make it what it is."""
         return {}
 
     def watcher(self, prompt_length: int) -> "DeliveryWatcher":
         """What looks at `generate` while it runs."""
-        return DeliveryWatcher()
+        return DeliveryWatcher(self.clock)
 
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
         """An empty step of no time for the prefill, which comes as one with the first tokens; then each delivery."""
@@ -114,7 +121,7 @@ class HuggingfaceEarlyExitStrategy(HuggingfaceStrategy):
 
     def watcher(self, prompt_length: int) -> "DeliveryWatcher":
         """One that sees the drafts too."""
-        return DraftWatcher(prompt_length)
+        return DraftWatcher(prompt_length, self.clock)
 
 
 class HuggingfaceStaticStrategy(HuggingfaceStrategy):
@@ -193,7 +200,8 @@ class Delivery:
 class DeliveryWatcher(BaseStreamer):
     """Notes when tokens are delivered."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.tokens: list[list[list[int]]] = []
         self.times: list[float] = []
         self.has_prompt = False
@@ -201,16 +209,16 @@ class DeliveryWatcher(BaseStreamer):
     @contextmanager
     def watching(self, model: LlamaForCausalLM) -> Iterator[None]:
         """See the clock while `generate` runs; the time after the last delivery counts to it."""
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
         yield
-        self.times[-1] = time.perf_counter()
+        self.times[-1] = self.clock()
 
     def put(self, value: Tensor) -> None:
         """Tokens on the host, of one row (T) or one of each (B). The first call hands over the prompt."""
         if not self.has_prompt:
             self.has_prompt, self.num_rows = True, len(value)
             return
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
         self.tokens.append(value.reshape(self.num_rows, -1).tolist())
 
     def end(self) -> None:
@@ -232,8 +240,8 @@ class DeliveryWatcher(BaseStreamer):
 class DraftWatcher(DeliveryWatcher):
     """Notes also what the last pass before a delivery read: the pending token and its drafts."""
 
-    def __init__(self, prompt_length: int) -> None:
-        super().__init__()
+    def __init__(self, prompt_length: int, clock: Clock) -> None:
+        super().__init__(clock)
         self.prompt_length = prompt_length
         self.inputs: list[Tensor] = []
 

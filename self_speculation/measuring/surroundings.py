@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ BANDWIDTH_BYTES = 2**30
 BANDWIDTH_PASSES = 5
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
+# The top of this project's tree, and where this file is in it.
+PROJECT = Path(__file__).parents[2]
+OWN_FILE = Path(__file__).relative_to(PROJECT)
 
 
-def memory_bandwidth(device: torch.device) -> float:
+def memory_bandwidth(
+    device: torch.device, num_bytes: int = BANDWIDTH_BYTES, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Bytes a second that a read-only pass over 1 GiB reaches, with torch's threads: the best of five."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    buffer = torch.ones(num_bytes // 4, device=device)
     seconds = []
     for _ in range(BANDWIDTH_PASSES):
-        start = time.perf_counter()
+        start = clock()
         buffer.sum().item()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return buffer.nbytes / min(seconds)
 
 
@@ -60,8 +66,27 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
     }
+
+
+def commit(project: Path = PROJECT) -> str | None:
+    """The commit of the project's checkout, marked if the tree has changed since; None for an installed copy.
+
+    An environment may lie in another project's repository, whose commit says nothing of this code: so the project's
+    folder must be the top of a repository, and this file must be in it.
+    """
+    try:
+        _git(project, "ls-files", "--error-unmatch", str(OWN_FILE))
+        if not project.samefile(_git(project, "rev-parse", "--show-toplevel")):
+            return None
+        return _git(project, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:
@@ -72,14 +97,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of the code, marked if the tree has changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

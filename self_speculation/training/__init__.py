@@ -1,1 +1,5 @@
-"""Training (section 4.1 of the paper): layer dropout, early-exit loss, the trainer, and what it is fed."""
+"""Training (section 4.1 of the paper): layer dropout, early-exit loss, the trainer, and what it is fed.
+
+To begin with, read `layer_dropout` (4.1.1), `early_exit_loss` (4.1.2), and `trainer`, which joins them. `labels`,
+`tokenizer`, `packing` and `responses` make what it is fed, `models` and `arguments` what it is given by flags.
+"""

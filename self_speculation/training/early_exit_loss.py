@@ -2,8 +2,9 @@
 
     J(X, Y, t) = Σ_l ẽ(t, l) · CE(g(x_{l+1}), Y),    ẽ(t, l) = C(t, l) · e(l) / Σ_i C(t, i) · e(i)
 
-g is the model's own final norm and LM head, shared by all exits. Layers are numbered l = 0 … L−1; an exit layer E
-means "run the first E layers", so exit E reads x_E and has l = E−1.
+In the order of this file: the weights e(l), the curricula C(t, l), their product ẽ(t, l), the exits' output g(x), and
+the loss J. g is the model's own final norm and LM head, shared by all exits. Layers are numbered l = 0 … L−1; an exit
+layer E means "run the first E layers", so exit E reads x_E and has l = E−1. t is the training step, of T.
 
 Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows or a chunk of them.
 """
@@ -20,16 +21,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from self_speculation.training.labels import IGNORED_LABEL, next_labels
+
 Curriculum = Literal["rotational", "gradual", "none"]
 ExitWeights = Literal["paper", "uniform"]
 ExitTarget = Literal["labels", "last_layer"]
 
-IGNORED_LABEL = -100
+# Positions whose logits are held at a time.
 CHUNK_TOKENS = 512
 
 
 def paper_weight(layer: int, num_layers: int, e_scale: float) -> float:
-    """e(l) = e_scale · Σ_{i=0..l} i for l < L−1; e(L−1) = (L−1) + e_scale · Σ_{i=0..L−2} i."""
+    """e(l) of section 4.1.2: e_scale · Σ_{i=0..l} i for l < L−1; e(L−1) = (L−1) + e_scale · Σ_{i=0..L−2} i."""
     if layer < num_layers - 1:
         return e_scale * layer * (layer + 1) / 2
     return (num_layers - 1) + e_scale * (num_layers - 2) * (num_layers - 1) / 2
@@ -41,12 +44,18 @@ def uniform_weight(layer: int, num_layers: int, e_scale: float) -> float:
 
 
 def rotational_curriculum(index: int, step: int, interval: int) -> bool:
-    """C_rot,R: every R-th exit of the list is enabled, shifted by one each step."""
+    """C_rot,R(t, l) of section 4.1.2: every R-th exit is enabled, shifted by one each step.
+
+    `index` is the exit's place in the list of exits: l itself where all layers are exits.
+    """
     return index % interval == step % interval
 
 
 def gradual_curriculum(index: int, step: int, num_exits: int, num_steps: int) -> bool:
-    """C_grad: exits are enabled from the last one down, one more every T/(2L) steps, all of them from T/2 on."""
+    """C_grad(t, l) of section 4.1.2: exits are enabled from the last one down, one more every T/(2L) steps.
+
+    All of them are from T/2 on. `index` is the exit's place in the list of exits, whose length takes the place of L.
+    """
     return index >= num_exits - 1 - 2 * num_exits * step // num_steps
 
 
@@ -73,21 +82,27 @@ class ExitSchedule:
             return gradual_curriculum(index, step, len(self.exit_layers), self.num_steps)
         return True
 
+    def weight(self, exit_layer: int) -> float:
+        """e(l), the paper's or uniform, of the layer l = E−1 that an exit comes after."""
+        scale = paper_weight if self.weights == "paper" else uniform_weight
+        return scale(exit_layer - 1, self.num_layers, self.e_scale)
+
     def at(self, step: int) -> dict[int, float]:
-        """Exit layer → ẽ(t, l), for the exits enabled at `step` whose weight is not zero; the weights sum to 1.
+        """Exit layer → ẽ(t, l) = C(t, l) · e(l) / Σ_i C(t, i) · e(i), where it is not zero; the weights sum to 1.
 
         Where all of them weigh nothing (e(0) = 0, alone in a strict rotation), the last layer is trained.
         """
-        weight = paper_weight if self.weights == "paper" else uniform_weight
-        raw = {
-            exit_layer: weight(exit_layer - 1, self.num_layers, self.e_scale)
-            for index, exit_layer in enumerate(self.exit_layers)
-            if self.enabled(index, step)
-        }
+        enabled = [exit_layer for index, exit_layer in enumerate(self.exit_layers) if self.enabled(index, step)]
+        raw = {exit_layer: self.weight(exit_layer) for exit_layer in enabled}
         total = sum(raw.values())
         if not total:
             return {self.num_layers: 1.0}
         return {exit_layer: value / total for exit_layer, value in raw.items() if value > 0}
+
+
+def exit_logits(model: LlamaForCausalLM, hidden_ND: Tensor, is_normed: bool) -> Tensor:
+    """g(x), (N, V): the model's final norm and LM head; transformers' x_L is normed already, the others are not."""
+    return model.lm_head(hidden_ND if is_normed else model.model.norm(hidden_ND))
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -103,7 +118,7 @@ def distillation_cross_entropy(logits_NV: Tensor, teacher_logits_NV: Tensor, lab
 
 
 class EarlyExitLoss:
-    """The loss J, computed inside the model's own `forward` while it trains with labels; removable again.
+    """The loss J of section 4.1.2, computed inside the model's `forward` while it trains with labels; removable again.
 
     Inside, because DDP and FSDP prepare the shared norm and head around that call. The logits of one exit at
     `chunk_tokens` positions live at a time: each chunk is computed under checkpointing and again in the backward pass.
@@ -147,11 +162,11 @@ class EarlyExitLoss:
     def loss(
         self, hidden_states: tuple[Tensor, ...], labels_BT: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        """J(X, Y, t): the summed cross-entropies, weighted by ẽ(t, l), per labelled token.
+        """J(X, Y, t) = Σ_l ẽ(t, l) · CE(g(x_{l+1}), Y): the weighted, summed cross-entropies, per labelled token.
 
         `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed.
         """
-        labels_N = F.pad(labels_BT, (0, 1), value=IGNORED_LABEL)[:, 1:].flatten()
+        labels_N = next_labels(labels_BT)
         if num_items_in_batch is None:
             num_items_in_batch = (labels_N != IGNORED_LABEL).sum()
         total = torch.zeros((), dtype=torch.float32, device=labels_N.device)
@@ -171,10 +186,11 @@ class EarlyExitLoss:
         )
 
     def _chunk_loss(self, exit_layer: int, hidden_ND: Tensor, last_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """Σ CE of one exit at some rows; an early exit may learn the last layer's distribution instead."""
         is_last = exit_layer == self.schedule.num_layers
-        logits_NV = self.model.lm_head(hidden_ND if is_last else self.model.model.norm(hidden_ND))
+        logits_NV = exit_logits(self.model, hidden_ND, is_normed=is_last)
         if is_last or self.target == "labels":
             return cross_entropy(logits_NV, labels_N)
         with torch.no_grad():
-            teacher_logits_NV = self.model.lm_head(last_ND)
+            teacher_logits_NV = exit_logits(self.model, last_ND, is_normed=True)
         return distillation_cross_entropy(logits_NV, teacher_logits_NV, labels_N)

@@ -2,7 +2,9 @@
 
     x_{l+1,t} = x_{l,t} + M(p_{l,t}) · f_l(x_{l,t}),    p_{l,t} = S(t) · D(l) · p_max
 
-Beside the paper's S(t) and D(l) stand those of its first author's later work (arXiv 2609.05275), and its 1/(1−p).
+In the order of this file: D(l), S(t), the rates p_{l,t}, the draws M(p), and the layers with dropout. Layers are
+numbered l = 0 … L−1; t is the training step, of T. Beside the paper's S(t) and D(l) stand those of its first author's
+later work (arXiv 2609.05275), and its 1/(1−p).
 
 Shapes: B batch, T positions, D hidden size, K rows of the batch that are kept.
 """
@@ -22,7 +24,10 @@ DepthSchedule = Literal["exponential", "linear", "constant"]
 
 
 def depth_scale(layer: int, num_layers: int, schedule: DepthSchedule = "exponential") -> float:
-    """D(l) = exp(l · ln 2 / (L−1)) − 1: 0 at the first layer, 1 at the last; or l/(L−1), or 1 for every layer."""
+    """D(l) of section 4.1.1: exp(l · ln 2 / (L−1)) − 1, from 0 at the first layer to 1 at the last.
+
+    The later work's is l/(L−1), "linear"; "constant" is 1 for every layer.
+    """
     if schedule == "constant":
         return 1.0
     share = layer / max(num_layers - 1, 1)
@@ -30,7 +35,10 @@ def depth_scale(layer: int, num_layers: int, schedule: DepthSchedule = "exponent
 
 
 def time_scale(step: int, num_steps: int, schedule: TimeSchedule) -> float:
-    """S(t): 1 for continual training, exp(t · ln 2 / (T−1)) − 1 from scratch; or 1 − t/(T−1)."""
+    """S(t) of section 4.1.1: 1 for continual training, exp(t · ln 2 / (T−1)) − 1 from scratch.
+
+    The later work's is 1 − t/(T−1), "decreasing".
+    """
     if schedule == "constant":
         return 1.0
     share = step / max(num_steps - 1, 1)
@@ -39,7 +47,7 @@ def time_scale(step: int, num_steps: int, schedule: TimeSchedule) -> float:
 
 @dataclass(frozen=True)
 class DropoutRates:
-    """p_{l,t} for every layer l and step t."""
+    """p_{l,t} of section 4.1.1, for every layer l and step t; p_max is the rate that the last layer can reach."""
 
     p_max: float
     num_layers: int
@@ -54,7 +62,7 @@ class DropoutRates:
 
 
 def kept_rows(batch_size: int, rate: float, key: tuple[int, ...]) -> list[int]:
-    """The samples that a layer does not drop, M(p) = 1: a pure function of the key.
+    """The samples whose draw M(p) is 1, which the layer does not drop: a pure function of the key.
 
     The key is (seed, step, micro-batch, layer), so that all ranks, a resumed run and the second forward of gradient
     checkpointing drop the same samples.
@@ -64,7 +72,7 @@ def kept_rows(batch_size: int, rate: float, key: tuple[int, ...]) -> list[int]:
 
 
 class LayerDropout:
-    """Layer dropout over a list of decoder layers, attached to their `forward` and removable again.
+    """Layer dropout (section 4.1.1) over a list of decoder layers, attached to their `forward`; removable again.
 
     Parameter names, `save_pretrained` and gradient checkpointing see the layers unchanged. The trainer sets `step`
     and `micro_batch` before each forward pass. With `rescale`, what a kept sample's layer adds is divided by 1 − p, so
@@ -90,6 +98,8 @@ class LayerDropout:
             layer.__dict__.pop("forward", None)
 
     def _dropping(self, layer: nn.Module, index: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`forward` with M(p) in front: x_{l+1,t} = x_{l,t} + M(p_{l,t}) · f_l(x_{l,t})."""
+
         @torch.compiler.disable(recursive=False)
         @wraps(forward)
         def forward_kept_rows(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:

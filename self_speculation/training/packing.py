@@ -1,10 +1,10 @@
-"""What a model is trained on: a tokenizer, texts packed into blocks, prompts with responses.
+"""What a model is pretrained on: texts packed into blocks, all at once or as they are streamed.
 
 Texts lie end to end, each closed by the end token, and are cut into blocks. Where a text begins, positions begin anew
 at 0; transformers sees by them that tokens of one text do not attend to those of another, and the last token of a text
 is not asked for the first one of the next.
 
-Shapes: T positions of a block, B batch.
+Shapes: T positions of a block, N tokens of all texts.
 """
 
 import hashlib
@@ -16,48 +16,18 @@ from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from self_speculation.training.early_exit_loss import IGNORED_LABEL
+from self_speculation.training.labels import IGNORED_LABEL
+from self_speculation.training.tokenizer import end_token
 
-BOS_TOKEN = "<s>"
-EOS_TOKEN = "</s>"
-# A line break with the indentation after it is one piece, as is a word with the space before it.
-CODE_PIECES = r"[\r\n]+[ \t]*| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[ \t]+"
 # Texts that are tokenised in one call.
 TEXTS_AT_ONCE = 256
 # Part of the cache's key: to be raised when blocks are made in another way.
 CACHE_VERSION = 1
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocab_size` tokens that puts `<s>` in front, as Llama's do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CODE_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS_TOKEN, EOS_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False
-    )
 
 
 @dataclass(frozen=True)
@@ -67,13 +37,6 @@ class Packing:
     separate: bool = True
     # Folder for blocks made before, named by a hash of texts, tokenizer and block size.
     cache: Path | None = None
-
-
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that closes a text."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("--tokenizer has no end-of-sequence token to close the texts with.")
-    return tokenizer.eos_token_id
 
 
 def tokenised(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -190,50 +153,3 @@ class StreamedTexts(IterableDataset):
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token (V) occurred in what this process has read."""
         return torch.tensor([self.counts[token] for token in range(vocab_size)])
-
-
-class Responses(Dataset):
-    """Prompts with their responses; the labels are the responses, with the end token, alone."""
-
-    def __init__(self, pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-        end = end_token(tokenizer)
-        prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        responses = tokenizer([response for _, response in pairs], add_special_tokens=False)["input_ids"]
-        examples = [(prompt, [*response, end]) for prompt, response in zip(prompts, responses, strict=True)]
-        self.examples = [one for one in examples if len(one[0]) + len(one[1]) <= block_size]
-        self.num_too_long = len(examples) - len(self.examples)
-        if not self.examples:
-            raise ValueError(f"No prompt with its response has at most {block_size} tokens (--block_size).")
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        prompt, response = self.examples[index]
-        labels = [IGNORED_LABEL] * len(prompt) + response
-        return {"input_ids": torch.tensor(prompt + response), "labels": torch.tensor(labels)}
-
-    def __str__(self) -> str:
-        left_out = f" ({self.num_too_long:,} more are too long)" if self.num_too_long else ""
-        return f"{len(self):,} responses{left_out}"
-
-    def token_counts(self, vocab_size: int) -> Tensor:
-        """How often each token (V) occurs in the responses: those are what is drafted."""
-        ids_N = torch.tensor([token for _, response in self.examples for token in response])
-        return ids_N.bincount(minlength=vocab_size)
-
-    def prompts(self, count: int) -> list[list[int]]:
-        """The first prompts."""
-        return [prompt for prompt, _ in self.examples[:count]]
-
-
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch; shorter rows end in padding without labels, which no token before it can see."""
-    return {
-        name: pad_sequence(
-            [item[name] for item in items],
-            batch_first=True,
-            padding_value=IGNORED_LABEL if name == "labels" else 0,
-        )
-        for name in items[0]
-    }

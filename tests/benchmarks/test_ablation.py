@@ -1,6 +1,7 @@
 """The ablation: four variants from one recipe, runs that a kill only interrupts, and the table's figures."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from matplotlib.container import BarContainer
 from safetensors.torch import load_file
+from transformers import Trainer
 
-from benchmarks import ablation, small_models
+from benchmarks import ablation
 from benchmarks.small_models import (
     SmallModelArguments,
     acceptance_rate,
@@ -21,9 +23,9 @@ from benchmarks.small_models import (
     markdown,
 )
 from self_speculation.generator_base import GenerationConfig, GenerationResult, RowStep
-from self_speculation.measuring.figures import Measurement, Round
+from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.arguments import LayerSkipArguments
 
 VARIANTS = ["baseline", "layer dropout", "early-exit loss", "both"]
 FLAGS = (
@@ -66,13 +68,13 @@ def finished(run_main: Callable[..., int], tmp_path_factory: pytest.TempPathFact
 def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Notes the optimisation step of every training pass from now on."""
     steps: list[int] = []
-    original = LayerSkipTrainer.training_step
+    original = Trainer.training_step
 
-    def training_step(self: LayerSkipTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         steps.append(self.state.global_step)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(LayerSkipTrainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
     return steps
 
 
@@ -130,15 +132,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     count_steps: list[int],
 ) -> None:
-    original = LayerSkipTrainer.training_step
+    original = Trainer.training_step
 
-    def killed(self: LayerSkipTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def killed(self: Trainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.layerskip.p_max and self.state.global_step == 2:
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LayerSkipTrainer, "training_step", killed)
+        patch.setattr(Trainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
             run_main(tmp_path / "killed")
     assert count_steps == [0, 1, 2, 0, 1]
@@ -158,7 +160,7 @@ def test_a_half_written_model_is_not_taken_for_a_finished_one(
     run_main: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(small_models.os, "replace", _kill_at_the_model(small_models.os.replace))
+        patch.setattr(os, "replace", _kill_at_the_model(os.replace))
         with pytest.raises(KeyboardInterrupt):
             run_main(tmp_path)
     assert (tmp_path / "baseline-0.incomplete" / "model" / "model.safetensors").is_file()
@@ -334,14 +336,13 @@ def test_decoding_figures() -> None:
     assert figures["different_answers"] == 1
 
 
-def test_acceptance_is_of_all_drafts_of_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_acceptance_is_of_all_drafts_of_all_batches() -> None:
     class Generator:
         def generate(self, prompts: list[list[int]], config: GenerationConfig) -> list[GenerationResult]:
             steps = {1: RowStep([7, 7, 7, 7], 4), 2: RowStep([7], 0), 3: RowStep([7, 7, 7], 2)}
             return [GenerationResult(steps=[steps[len(prompt)]]) for prompt in prompts]
 
-    monkeypatch.setattr(small_models, "BATCH_SIZE", 2)
-    assert acceptance_rate(Generator(), [[0], [0, 0], [0, 0, 0]], GenerationConfig()) == 0.75
+    assert acceptance_rate(Generator(), [[0], [0, 0], [0, 0, 0]], GenerationConfig(), batch_size=2) == 0.75
 
 
 def test_a_tokenizer_is_trained_once(tmp_path: Path, tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from self_speculation.measuring.figures import Contestant, Measurement, Round
+from self_speculation.measuring.contestants import Contestant
+from self_speculation.measuring.equivalence import CellReport
+from self_speculation.measuring.measurements import Measurement, Round
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "batch_sizes.py"
 SHORT = ("--max_steps", 6, "--exit_layer", 2, "--num_speculations", 2, "--repeats", 2, "--batch_sizes", 2, 3)
@@ -51,22 +54,20 @@ def test_every_size_answers_the_same_prompts(
     run: Callable[..., int],
     rows: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Four prompts, made six for batches of two and three; in float64 all texts are the same."""
     asked: dict[tuple[str, int], list[list[int]]] = {key: [] for key in KEYS}
     order: list[tuple[str, int]] = []
-    measure = Contestant.run
 
-    def noted(self: Contestant, prompts: list[list[int]]) -> list[Measurement]:
-        key = (self.config.generation_strategy, len(prompts))
-        asked[key] += prompts
-        order.append(key)
-        return measure(self, prompts)
+    class Noted(Contestant):
+        def run(self, prompts: list[list[int]]) -> list[Measurement]:
+            key = (self.config.generation_strategy, len(prompts))
+            asked[key] += prompts
+            order.append(key)
+            return super().run(prompts)
 
-    monkeypatch.setattr(Contestant, "run", noted)
-    assert run(batch_sizes.main, *SHORT, "--data_path", rows, "--random_shuffle", "False") == 0
+    assert run(partial(batch_sizes.main, Noted), *SHORT, "--data_path", rows, "--random_shuffle", "False") == 0
 
     once = asked["autoregressive", 1][:6]
     assert all(prompts == once * 2 for prompts in asked.values())
@@ -106,21 +107,19 @@ def test_a_text_that_is_not_the_same_ends_with_1(
     run: Callable[..., int],
     rows: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One row of the batches of two answers something that rounding does not explain."""
-    measure = Contestant.run
 
-    def wrong(self: Contestant, prompts: list[list[int]]) -> list[Measurement]:
-        answers = measure(self, prompts)
-        if len(prompts) == 2 and self.config.generation_strategy == "autoregressive":
-            answers[1].tokens[2] = (answers[1].tokens[2] + 1) % 300
-        return answers
+    class Wrong(Contestant):
+        def run(self, prompts: list[list[int]]) -> list[Measurement]:
+            answers = super().run(prompts)
+            if len(prompts) == 2 and self.config.generation_strategy == "autoregressive":
+                answers[1].tokens[2] = (answers[1].tokens[2] + 1) % 300
+            return answers
 
-    monkeypatch.setattr(Contestant, "run", wrong)
     flags = ["--data_path", rows, "--repeats", 1, "--batch_sizes", 2]
-    assert run(batch_sizes.main, *SHORT[:-5], *flags) == 1
+    assert run(partial(batch_sizes.main, Wrong), *SHORT[:-5], *flags) == 1
     said = capsys.readouterr().out
     assert said.splitlines()[-1].endswith("; 14 of 16 texts are the same as alone, 0 ties, 2 failures.")
     assert "all but 2" in said
@@ -172,7 +171,7 @@ def test_gains_are_medians_over_the_rounds(batch_sizes: ModuleType) -> None:
     rounds = {("autoregressive", 1): [Round([answer(tokens, 1.0)] * 2, 1)] * 3}
     rounds["autoregressive", 2] = [Round([answer(tokens, seconds)] * 2, 2) for seconds in (1.0, 1.6, 0.5)]
     assert batch_sizes.gains(rounds, ("autoregressive", 2)) == pytest.approx([2, 1.25, 4])
-    texts = batch_sizes.Cell(6, 0, num_samples=6)
+    texts = CellReport(6, 0, num_samples=6)
     found = batch_sizes.figures(rounds, ("autoregressive", 2), texts)
     assert tuple(found) == batch_sizes.COLUMNS
     assert found["over_batch_1"] == 2

@@ -1,19 +1,19 @@
 """The arithmetic of memory-bound decoding against hand-computed values, and the script that measures against it."""
 
+import dataclasses
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import hardware_limit
-from benchmarks.hardware_limit import OWN, LimitArguments, Memory, ReadShares, ShapeStudy, ideal_speedup
+from benchmarks.hardware_limit import OWN, LimitArguments, ReadShares, ShapeStudy, ideal_speedup
 from benchmarks.synthetic import Goal
-from self_speculation.measuring import figures as benchmarking
-from self_speculation.measuring.figures import WeightBytes
+from self_speculation.measuring.ceiling import Memory, WeightBytes
+from self_speculation.measuring.probes import Probes
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--shapes", "tiny", "--repeats", 1, "--num_prompts", 1)
 RIVALS = ("hf_generate", "hf_early_exit")
@@ -21,25 +21,17 @@ SMALL = ("--max_steps", 10, "--prompt_tokens", 8, "--trial_prompts", 2, "--trial
 ALL = (*TINY, *SMALL, "--rivals", *RIVALS)
 
 
-@pytest.fixture(autouse=True)
-def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A memory of 1 GB/s behind a cache of 1 kB, and few looks at live tensors, so that nothing takes long."""
-    monkeypatch.setattr(hardware_limit, "memory_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(hardware_limit, "last_level_cache_bytes", lambda device: 1000)
-    monkeypatch.setattr(benchmarking, "MEMORY_LOOKS", 1)
+# A memory of 1 GB/s behind a cache of 1 kB, and few looks at live tensors, so that nothing takes long.
+QUICK = Probes(bytes_per_second=lambda device: 1e9, cache_bytes=lambda device: 1000, memory_looks=1)
 
 
 @pytest.fixture
-def run_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+def run_limit(run_script: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
     """Run the script in this process; returns its exit code."""
 
-    def run(*flags: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags), "--output_dir", str(tmp_path / "logs")])
-        try:
-            hardware_limit.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+    def run(*flags: object, probes: Probes = QUICK, **clock: Callable[[], float]) -> int:
+        main = partial(hardware_limit.main, probes, **clock)
+        return run_script(main, *flags, "--output_dir", tmp_path / "logs")
 
     return run
 
@@ -126,12 +118,12 @@ def test_only_our_own_strategies_are_compiled_and_only_drafts_know_fewer_tokens(
 
 
 def test_what_the_time_does_not_allow_is_skipped_and_said(
-    run_limit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_limit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a clock of one second a look, twelve looks are left for the model, four warm-ups and a round."""
     ticks = count()
-    monkeypatch.setattr(hardware_limit, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
-    assert run_limit(*ALL, "--batch_sizes", 1, 2, "--minutes", 12 / 60) == 0
+    flags = [*ALL, "--batch_sizes", 1, 2, "--minutes", 12 / 60]
+    assert run_limit(*flags, clock=lambda: float(next(ticks))) == 0
     document = json.loads((tmp_path / "logs" / "hardware_limit.json").read_text())
     assert document["skipped"] == ["tiny: peak memory", "tiny: batch size 1", "tiny: batch size 2"]
     found = document["shapes"]["tiny"]
@@ -142,15 +134,14 @@ def test_what_the_time_does_not_allow_is_skipped_and_said(
     assert said in (tmp_path / "logs" / "hardware_limit.md").read_text()
 
 
-def test_what_was_measured_before_a_kill_is_kept(
-    run_limit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
+def test_what_was_measured_before_a_kill_is_kept(run_limit: Callable[..., int], tmp_path: Path) -> None:
+    """A kill while the peak of memory is looked at."""
+
+    def killed() -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hardware_limit.ShapeStudy, "add_peaks", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_limit(*ALL, "--batch_sizes", 1)
+        run_limit(*ALL, "--batch_sizes", 1, probes=dataclasses.replace(QUICK, live_bytes=killed))
     document = json.loads((tmp_path / "logs" / "hardware_limit.json").read_text())
     assert document["shapes"]["tiny"]["strategies"]["autoregressive"]["tokens"] == 10
     assert "`autoregressive`" in (tmp_path / "logs" / "hardware_limit.md").read_text()

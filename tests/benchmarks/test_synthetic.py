@@ -16,8 +16,8 @@ from benchmarks.synthetic import SHAPES, Goal, Shape, Trial
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import benchmark
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, RowStep
-from self_speculation.loading import ModelArguments, load, recommendation
-from self_speculation.measuring.equivalence import Cell, EquivalenceCheck
+from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -165,7 +165,7 @@ def test_a_saved_checkpoint_is_ordinary_and_labelled(command: Callable[..., tupl
     assert model.config.num_hidden_layers == 4
     assert tokenizer.eos_token_id is None
     assert tokenizer.decode(tokenizer("Näme").input_ids, skip_special_tokens=True) == "Näme"
-    assert recommendation(str(folder), 4).num_speculations == 6
+    assert read_recommendation(str(folder), 4).num_speculations == 6
 
 
 @pytest.mark.slow
@@ -208,12 +208,11 @@ def test_bad_input_gets_one_sentence(
     assert len(said.strip().splitlines()) == 1
 
 
-def test_an_acceptance_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_acceptance_out_of_reach_is_an_error() -> None:
     """Layer 7 of 8 agrees with the last more often than that, whatever the factor."""
-    monkeypatch.setattr(synthetic, "MOST_TRIALS", 3)
     goal = Goal(acceptance=0.001, tolerance=0.0001, exit_layer=7, trial_prompts=1, trial_tokens=16)
     with pytest.raises(ValueError, match=r"--acceptance 0\.001 was not reached within 0\.0001 by 3 damping factors"):
-        synthetic.damp_to(tiny_model(), goal)
+        synthetic.damp_to(tiny_model(), goal, most_trials=3)
 
 
 @pytest.mark.gpu
@@ -222,7 +221,7 @@ def test_on_cuda_self_speculative_text_is_the_full_models() -> None:
     goal = Goal(tolerance=0.05, exit_layer=2, trial_tokens=64)
     trial = synthetic.damp_to(model, goal)
     assert abs(trial.acceptance - 0.7) <= 0.05
-    cells = [Cell(exit_layer, drafts) for exit_layer in (1, 2, 7) for drafts in (1, 6)]
+    cells = [CellReport(exit_layer, drafts) for exit_layer in (1, 2, 7) for drafts in (1, 6)]
     config = GenerationConfig(max_new_tokens=64, sample=False)
     check = EquivalenceCheck(model, synthetic.byte_tokenizer(), config, cells)
     for cell in check.run(["def add(a, b):", "class Stack:", "import os", "x ="]):

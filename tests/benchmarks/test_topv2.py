@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from benchmarks import topv2
 from benchmarks.small_models import SmallModelArguments
 from benchmarks.topv2 import TopV2Arguments
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.prompts.sources import Example
-from self_speculation.training.packing import train_tokenizer
-from self_speculation.training.trainer import LayerSkipTrainer
+from self_speculation.prompts.example import Example
+from self_speculation.training.tokenizer import train_tokenizer
 
 FLAGS = (
     "--num_layers 4 --hidden_size 64 --vocab_size 270 --train_steps 3 --train_batch_size 2 --warmup_steps 1 "
@@ -73,7 +73,7 @@ def test_a_restart_neither_trains_nor_decodes_again(
     run_main: Callable[..., int], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (finished / "topv2.jsonl").read_bytes()
-    monkeypatch.setattr(LayerSkipTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run_main(finished, "--resume", "True") == 0
     assert (finished / "topv2.jsonl").read_bytes() == before
 

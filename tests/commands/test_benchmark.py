@@ -1,8 +1,7 @@
-"""What the benchmark counts, against tables by hand, and the script: its documents, and runs that were killed."""
+"""The benchmark: its documents, and runs that were killed."""
 
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import random
@@ -11,32 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from self_speculation.commands import benchmark
-from self_speculation.decoding.stopping import StopReason
-from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationResult, RowStep
+from self_speculation.generator_base import GenerationRequest
 from self_speculation.loading import BUNDLED_CHECKPOINT
-from self_speculation.measuring.figures import (
-    Batch,
-    Contestant,
-    Measurement,
-    Round,
-    WeightBytes,
-    acceptance_by_position,
-    bandwidth_share,
-    ideal_speedup,
-    interleaved,
-    speedup,
-    totals,
-)
-from self_speculation.measuring.prediction import PassCosts
-from self_speculation.measuring.surroundings import live_tensor_bytes
+from self_speculation.measuring.figures import rounded
+from self_speculation.measuring.passes import PassCosts
+from self_speculation.measuring.probes import Probes
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("autoregressive", "early_exit", "self_speculative", "hf_generate", "hf_early_exit")
@@ -67,337 +54,19 @@ TIMES = (
 )
 
 
-def measured(
-    drafted: list[int],
-    accepted: list[int],
-    committed: list[int],
-    seconds: tuple[float, float, float],
-) -> Measurement:
-    """An answer; its times are those of the prefill, until the first token, and after it."""
-    return Measurement([7] * sum(committed), "text", "max_steps", *seconds, drafted, accepted, committed)
-
-
-# Twelve tokens in three seconds: 4 a second; decoding, 8 tokens in two seconds, also 4 a second.
-LONG = measured([3, 3, 3], [3, 3, 3], [4, 4, 4], (0.5, 1.0, 2.0))
-# Two tokens in a quarter of a second: 8 a second; decoding, one token in an eighth.
-SHORT = measured([3, 1], [0, 0], [1, 1], (0.0625, 0.125, 0.125))
-NOTHING = measured([], [], [], (0.25, 0.25, 0.0))
-# Four tokens, one a step, in two seconds.
-PLAIN = measured([0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], (0.0, 0.5, 1.5))
-
-
-def slowed(measurement: Measurement, factor: float) -> Measurement:
-    names = ("prefill_seconds", "first_token_seconds", "decode_seconds")
-    return dataclasses.replace(measurement, **{name: getattr(measurement, name) * factor for name in names})
-
-
-# What is counted
-
-
-def test_a_measurement_of_a_result() -> None:
-    steps = [RowStep([1, 2, 3], 1, [1, 9]), RowStep([4], 1, [4], StopReason.END_OF_SEQUENCE)]
-    result = GenerationResult("ab", [1, 9, 4], StopReason.END_OF_SEQUENCE, 0.5, 1.5, 2.0, steps)
-    found = Measurement.of(result)
-    assert found == Measurement([1, 9, 4], "ab", "end_of_sequence", 0.5, 1.5, 2.0, [3, 1], [1, 1], [2, 1])
-    assert (found.seconds, found.decode_tokens) == (3.5, 1)
-    assert Measurement(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
-
-
-@pytest.mark.parametrize(
-    ("measurements", "expected"),
-    [
-        (
-            [LONG, SHORT],
-            {
-                "samples": 2,
-                "tokens": 14,
-                "steps": 5,
-                "drafted": 13,
-                "accepted": 9,
-                "acceptance_rate": 9 / 13,
-                "mean_acceptance_rate": 0.5,
-                "tokens_per_step": 14 / 5,
-                "mean_tokens_per_step": 2.5,
-                "acceptance_by_position": [3 / 5, 3 / 4, 3 / 4],
-            },
-        ),
-        (
-            [PLAIN, PLAIN],
-            {
-                "samples": 2,
-                "tokens": 8,
-                "steps": 8,
-                "drafted": 0,
-                "accepted": 0,
-                "acceptance_rate": None,
-                "mean_acceptance_rate": None,
-                "tokens_per_step": 1.0,
-                "mean_tokens_per_step": 1.0,
-                "acceptance_by_position": [],
-            },
-        ),
-        (
-            [NOTHING, LONG],
-            {
-                "samples": 2,
-                "tokens": 12,
-                "steps": 3,
-                "drafted": 9,
-                "accepted": 9,
-                "acceptance_rate": 1.0,
-                "mean_acceptance_rate": 1.0,
-                "tokens_per_step": 4.0,
-                "mean_tokens_per_step": 2.0,
-                "acceptance_by_position": [1.0, 1.0, 1.0],
-            },
-        ),
-    ],
-    ids=["drafts", "no drafts", "an empty answer"],
-)
-def test_counts(measurements: list[Measurement], expected: dict[str, Any]) -> None:
-    assert Round(measurements).counts == expected
-    assert tuple(expected) == COUNTS
-
-
-def test_times() -> None:
-    """A total weighs long answers more; a mean over samples does not."""
-    assert Round([LONG, SHORT]).times == {
-        "tokens_per_second": 14 / 3.25,
-        "decode_tokens_per_second": 9 / 2.125,
-        "mean_tokens_per_second": 6.0,
-        "mean_decode_tokens_per_second": 6.0,
-        "decode_seconds_per_token": 2.125 / 9,
-        "mean_first_token_seconds": 0.5625,
-        "mean_batch_seconds": 1.625,
-        "seconds": 3.25,
-        "mean_prefill_seconds": 0.28125,
-    }
-    assert tuple(Round([PLAIN]).times) == TIMES
-
-
-# A batch of two in three seconds, one of them with two steps less; and one that is alone, in two.
-TOGETHER = [LONG, measured([3], [3], [4], (0.5, 1.0, 2.0))]
-
-
-def test_the_seconds_of_a_batch_count_once() -> None:
-    """Throughput is of all rows together; latency is what each row waits."""
-    one = Round([*TOGETHER, PLAIN], batch_size=2)
-    assert one.batches == [Batch(TOGETHER), Batch([PLAIN])]
-    times = one.times
-    assert times["seconds"] == 3.0 + 2.0
-    assert times["mean_batch_seconds"] == 2.5
-    assert times["tokens_per_second"] == (12 + 4 + 4) / 5.0
-    assert times["decode_tokens_per_second"] == (8 + 0 + 3) / (2.0 + 1.5)
-    assert times["mean_tokens_per_second"] == (16 / 3 + 4 / 2) / 2
-    assert times["mean_decode_tokens_per_second"] == (8 / 2 + 3 / 1.5) / 2
-    assert times["decode_seconds_per_token"] == (2.0 + 2.0 + 1.5) / (8 + 0 + 3)
-    assert one.counts == Round([*TOGETHER, PLAIN]).counts
-
-
-def test_a_batch_is_compared_as_a_whole() -> None:
-    found = speedup([Round([*TOGETHER, PLAIN], 2)], [Round([PLAIN, PLAIN, PLAIN], 2)])
-    # Batch by batch: 16 tokens in 3 s over 8 in 2 s, and the same over the same.
-    assert found["sample_speedup_spread"] == pytest.approx([1, 16 / 3 / 4])
-    assert found["speedup"] == pytest.approx((20 / 5) / (12 / 4))
-
-
-def test_a_batch_steps_together() -> None:
-    """The first delivery aside: as many steps as the longest row's, and as many drafts as the longest draft of each."""
-    batch = Batch([measured([3, 2, 0, 1], [0] * 4, [1] * 4, (0, 1, 1)), measured([3, 3], [0] * 2, [1] * 2, (0, 1, 1))])
-    assert (batch.steps, batch.drafting_passes) == (3, 3 + 0 + 1)
-    assert (Batch([NOTHING]).steps, Batch([NOTHING]).drafting_passes) == (0, 0)
-
-
-def test_no_tokens_are_no_speed() -> None:
-    times = Round([NOTHING]).times
-    assert times["seconds"] == 0.25
-    assert {times[name] for name in TIMES if "per" in name} == {0.0}
-    assert totals([Round([NOTHING])])["tokens_per_step"] == 0.0
-    nothing = speedup([Round([NOTHING])], [Round([NOTHING])])
-    assert (nothing["speedup"], nothing["sample_speedup_median"]) == (0.0, 0.0)
-    assert Round().times["tokens_per_second"] == 0.0
-
-
-def test_totals_are_medians_over_the_rounds_with_their_spread() -> None:
-    rounds = [Round([slowed(LONG, factor), slowed(SHORT, factor)]) for factor in (4, 1, 2)]
-    found = totals(rounds)
-    assert found["seconds"] == 6.5
-    assert found["seconds_spread"] == [3.25, 13.0]
-    assert found["tokens_per_second"] == pytest.approx(14 / 6.5)
-    assert found["tokens_per_second_spread"] == pytest.approx([14 / 13, 14 / 3.25])
-    assert found["mean_prefill_seconds"] == 0.5625
-    assert {name: found[name] for name in COUNTS} == rounds[0].counts
-    assert not any(f"{name}_spread" in found for name in COUNTS)
-
-
-def test_speedup() -> None:
-    """Total over total, round by round; sample over sample, in all rounds."""
-    rounds = [Round([LONG, SHORT]), Round([slowed(LONG, 2), SHORT]), Round([LONG, SHORT])]
-    baseline = [Round([PLAIN, PLAIN]), Round([PLAIN, PLAIN]), Round([slowed(PLAIN, 2), slowed(PLAIN, 2)])]
-    # The baseline has 2, 2 and 1 tokens a second; decoding, 2, 2 and 1 as well.
-    assert speedup(rounds, baseline) == {
-        "speedup": pytest.approx(14 / 3.25 / 2),
-        "speedup_spread": pytest.approx([14 / 6.25 / 2, 14 / 3.25]),
-        "decode_speedup": pytest.approx(9 / 2.125 / 2),
-        "sample_speedup_median": pytest.approx(4.0),
-        "sample_speedup_spread": pytest.approx([1.0, 8.0]),
-    }
-    same = speedup(baseline, baseline)
-    assert (same["speedup"], same["speedup_spread"], same["sample_speedup_spread"]) == (1, [1, 1], [1, 1])
-
-
-@pytest.mark.parametrize(
-    ("drafted", "accepted", "expected"),
-    [
-        ([], [], []),
-        ([0, 0], [0, 0], []),
-        ([4], [2], [1, 1, 0, 0]),
-        ([4, 1, 2, 0], [0, 1, 2, 0], [2 / 3, 1 / 2, 0, 0]),
-    ],
-)
-def test_acceptance_by_position(drafted: list[int], accepted: list[int], expected: list[float]) -> None:
-    """Of the drafts that came so far, those that were accepted."""
-    committed = [count + 1 for count in accepted]
-    assert acceptance_by_position([measured(drafted, accepted, committed, (0, 1, 1))]) == pytest.approx(expected)
-
-
-WEIGHTS = WeightBytes(layers=[100, 100, 100, 100], head=50, vocabulary=100)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "exit_layer", "measurement", "expected"),
-    [
-        # Steps after the first delivery read all 450 bytes each, and each draft the first layer and the head.
-        ("autoregressive", None, PLAIN, 3 * 450),
-        ("hf_generate", None, PLAIN, 3 * 450),
-        ("self_speculative", 1, LONG, 2 * 450 + 6 * 150),
-        ("hf_early_exit", 3, LONG, 2 * 450 + 6 * 350),
-        ("early_exit", 1, PLAIN, 3 * 150),
-        ("self_speculative", 1, NOTHING, 0),
-    ],
-)
-def test_bytes_read(strategy: str, exit_layer: int | None, measurement: Measurement, expected: int) -> None:
-    config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
-    assert WEIGHTS.read(Batch([measurement]), config) == expected
-    assert WEIGHTS.read(Batch([measurement, NOTHING, measurement]), config) == expected
-    rounds = [Round([slowed(measurement, factor)]) for factor in (1, 4, 2)]
-    seconds = measurement.decode_seconds * 2
-    share = expected / seconds / 10_000 if seconds else 0
-    assert bandwidth_share(rounds, config, WEIGHTS, bandwidth=10_000) == pytest.approx(share)
-
-
-def test_a_trimmed_draft_head_is_read_in_part() -> None:
-    config = GenerationConfig(generation_strategy="self_speculative", exit_layer=1, draft_vocab=20)
-    assert WEIGHTS.read(Batch([LONG]), config) == 2 * 450 + 6 * 110
-
-
-def test_weight_bytes_of_the_model(model: LlamaForCausalLM) -> None:
-    """Attention 32·32·2 + 32·16·2, MLP 3·32·64 and two norms a layer; a norm and 300 rows of 32 at the end."""
-    weights = WeightBytes.of(model)
-    assert weights.layers == [8 * (2048 + 1024 + 6144 + 64)] * 6
-    assert weights.head == 8 * (32 + 9600)
-    assert weights.all == sum(weight.nbytes for weight in model.parameters()) - 8 * 9600
-
-
-# The ideal
-
-# Layers [0, 2) take 2, all 6 take 6; the head 1, over four tokens a bit more.
-COSTS = PassCosts(draft={2: 2.0 + 1.0}, verification={(2, 3): 2.0 + 5.5, (6, 0): 6.0 + 1.25})
-
-
-def test_ideal_speedup_by_the_formula() -> None:
-    """Every draft is 3 long: S = tokens per step · t_AR / (d · t_draft + t_verify)."""
-    tokens_per_step = 4
-    expected = tokens_per_step * (6 + 1.25) / (3 * (2 + 1) + (2 + 5.5))
-    assert ideal_speedup([Round([LONG])], [Round([PLAIN])], COSTS, (2, 3), 6) == pytest.approx(expected)
-
-
-def test_ideal_speedup_of_a_batch() -> None:
-    """Rows share passes: the batch has the steps and drafts of its longest row, and everyone's tokens."""
-    ours = Round([LONG, measured([3, 3], [1, 1], [2, 2], (0, 1, 1))], batch_size=2)
-    plain = Round([measured([0] * 9, [0] * 9, [1] * 9, (0, 1, 1)), PLAIN], batch_size=2)
-    seconds = 6 * (2 + 1) + 2 * (2 + 5.5)
-    expected = ((8 + 2) / seconds) / ((8 + 3) / (8 * (6 + 1.25)))
-    assert ideal_speedup([ours], [plain], COSTS, (2, 3), 6) == pytest.approx(expected)
-
-
-def test_no_tokens_have_no_ideal() -> None:
-    assert ideal_speedup([Round([NOTHING])], [Round([NOTHING])], COSTS, (2, 3), 6) == 0
-
-
-# Contestants
-
-
-def make_contestants(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Contestant]:
-    config = GenerationConfig(max_new_tokens=8, sample=False, exit_layer=2, num_speculations=2)
-    configs = {name: dataclasses.replace(config, generation_strategy=name) for name in STRATEGIES[1:]}
-    return {name: Contestant.of(model, tokenizer, config) for name, config in configs.items()}
-
-
-def test_peak_memory_is_little_more_than_the_weights(
-    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Less what other tests left in the process."""
-    monkeypatch.setattr("self_speculation.measuring.figures.MEMORY_LOOKS", 2)
-    gc.collect()
-    others = live_tensor_bytes()
-    model = make_model(hidden_size=128, intermediate_size=256)
-    size = sum(weight.nbytes for weight in model.parameters())
-    for contestant in list(make_contestants(model, tokenizer).values())[1:]:
-        assert size <= contestant.peak_bytes([[0, 5, 6, 7]]) - others < 1.3 * size
-        assert not model.lm_head._forward_hooks
-
-
-def test_everyone_begins_in_turn(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """In the order that was asked for, whoever began."""
-    begun: list[str] = []
-
-    @dataclasses.dataclass(frozen=True)
-    class Noted(Contestant):
-        def run(self, prompts: list[list[int]]) -> list[Measurement]:
-            begun.append(self.config.generation_strategy)
-            return super().run(prompts)
-
-    contestants = {name: Noted(one.generator, one.config) for name, one in make_contestants(model, tokenizer).items()}
-    names = list(contestants)
-    for turn in range(5):
-        assert list(interleaved(contestants, [[0, 5]], turn)) == names
-    starts = [begun[index : index + 4] for index in range(0, 20, 4)]
-    assert starts[:4] == [names[turn:] + names[:turn] for turn in range(4)]
-    assert starts[4] == names
-
-
-def test_a_warm_up_is_short_and_changes_nothing(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("self_speculation.measuring.figures.WARM_UP_TOKENS", 3)
-    contestant = make_contestants(model, tokenizer)["self_speculative"]
-    passes: list[int] = []
-    handle = model.lm_head.register_forward_hook(lambda *_: passes.append(1))
-    contestant.warm_up([[0, 5, 6]])
-    handle.remove()
-    assert 0 < len(passes) <= 3 * 3
-    assert contestant.config.max_new_tokens == 8
-
-
-# The script
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the memory's bandwidth and use as measured."""
-    monkeypatch.setattr(benchmark, "memory_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr("self_speculation.measuring.figures.live_tensor_bytes", lambda: 12345)
+# The memory's bandwidth and use, as if measured.
+QUICK = Probes(bytes_per_second=lambda device: 1e10, live_bytes=lambda: 12345)
+quick_main = partial(benchmark.main, QUICK)
 
 
 @pytest.fixture
 def run_benchmark(
-    quick: None, run: Callable[..., int], rows: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int], rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., dict[str, Any]]:
     """Run the benchmark, greedy and short, on the four rows; returns the last line's figures."""
 
-    def run_it(*flags: object) -> dict[str, Any]:
-        assert run(benchmark.main, *short_flags(rows), *flags) == 0
+    def run_it(*flags: object, main: Callable[[], None] = quick_main) -> dict[str, Any]:
+        assert run(main, *short_flags(rows), *flags) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])["strategies"]
 
     return run_it
@@ -434,7 +103,7 @@ def test_all_strategies(run_benchmark: Callable[..., dict[str, Any]], tmp_path: 
     document = json.loads((tmp_path / "logs" / "benchmark.json").read_text())
     lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")
     assert list(document) == ["surroundings", "ceiling", "strategies", "arguments", "prompts"]
-    assert benchmark.rounded(document["strategies"]) == figures
+    assert rounded(document["strategies"]) == figures
     assert document["prompts"] == {"samples": 4, "shortened": 0, "most_tokens": 248}
     assert document["arguments"]["generation_strategy"] == list(STRATEGIES)
     assert document["ceiling"]["bytes_per_second"] == 1e10
@@ -468,12 +137,7 @@ def test_all_strategies(run_benchmark: Callable[..., dict[str, Any]], tmp_path: 
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_share_of_the_ideal(
-    batch_size: int,
-    run_benchmark: Callable[..., dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_the_share_of_the_ideal(batch_size: int, run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Passes are timed for a batch of answers half done; in the middle of four prompts' sizes."""
     asked: list[tuple[list[int], object]] = []
 
@@ -481,9 +145,9 @@ def test_the_share_of_the_ideal(
         asked.append((list(map(len, request.prompts)), cells))
         return PassCosts({2: 2.0}, {(2, 3): 5.0, (6, 0): 4.0})
 
-    monkeypatch.setattr(benchmark, "measure_passes", measure)
+    main = partial(benchmark.main, dataclasses.replace(QUICK, pass_costs=measure))
     flags = ["--random_shuffle", "False", "--num_speculations", 3, "--batch_size", batch_size, "--score_text", "False"]
-    figures = run_benchmark("--generation_strategy", "autoregressive", "self_speculative", *flags)
+    figures = run_benchmark("--generation_strategy", "autoregressive", "self_speculative", *flags, main=main)
     lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")
     halves = [line["prompt_tokens"] + 4 for line in lines]
     assert asked == [(halves[2:3] if batch_size == 1 else halves[:3], [(2, 3), (6, 0)])]
@@ -564,10 +228,10 @@ def test_autoregressive_with_an_exit_layer_alone_is_early_exit(
 
 
 def test_samples_are_printed_when_asked_for(
-    quick: None, run: Callable[..., int], rows: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int], rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for verbose in (False, True):
-        assert run(benchmark.main, *short_flags(rows), "--verbose", verbose) == 0
+        assert run(quick_main, *short_flags(rows), "--verbose", verbose) == 0
         said = capsys.readouterr().out
         assert said.count("--- prompt\ndef add(a, b):") == (4 if verbose else 0)
         assert said.count("--- early_exit\n") == (4 if verbose else 0)
@@ -594,16 +258,13 @@ def test_the_seed_chooses_the_prompts(run_benchmark: Callable[..., dict[str, Any
     assert chosen[3] == ["def add(a, b):" + " " * count for count in range(3)] != chosen[0]
 
 
-def test_code_is_executed(
-    run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first answer is right for the first task, and wrong for the second."""
+def test_code_is_executed(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The answer, a comment, is right for the first task, and wrong for the second."""
     path = tmp_path / "human_eval.jsonl"
-    row = {"prompt": "def one():\n", "canonical_solution": "    return 1\n", "entry_point": "one"}
+    row = {"prompt": "def one():\n    return 1  # ", "canonical_solution": "one", "entry_point": "one"}
     tests = [f"def check(candidate):\n    assert candidate() == {value}\n" for value in (1, 2)]
     path.write_text("".join(json.dumps(row | {"task_id": str(n), "test": t}) + "\n" for n, t in enumerate(tests)))
-    monkeypatch.setattr(benchmark, "completion", lambda text: "    return 1\n")
-    flags = ["--dataset", "human_eval", "--data_path", path, "--execute_code", "True"]
+    flags = ["--dataset", "human_eval", "--data_path", path, "--stop_words", "\n", "--execute_code", "True"]
     assert run_benchmark(*flags)["early_exit"]["pass_at_1"] == 0.5
     document = json.loads((tmp_path / "logs" / "benchmark.json").read_text())
     assert document["surroundings"]["programs_are_kept_from_the_network_by"]
@@ -684,7 +345,7 @@ def test_another_run_is_not_resumed(
     if not flags:
         lines = rows.read_text().splitlines(keepends=True)
         rows.write_text(lines[0] + lines[1].replace("add", "sub") + "".join(lines[2:]))
-    code = run(benchmark.main, *short_flags(rows), "--random_shuffle", "False", "--resume", "True", *flags)
+    code = run(quick_main, *short_flags(rows), "--random_shuffle", "False", "--resume", "True", *flags)
     assert code == 2
     [sentence] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "--resume" in sentence
@@ -718,12 +379,12 @@ def started(command: list[object], tmp_path: Path) -> Iterator[subprocess.Popen[
 
 @pytest.fixture
 def whole(
-    quick: None, run: Callable[..., int], folder: Path, many_rows: Path, tmp_path: Path
+    run: Callable[..., int], folder: Path, many_rows: Path, tmp_path: Path
 ) -> tuple[list[object], dict[str, Any], dict[tuple[int, int], dict[str, Any]]]:
     """Flags, and the figures and answers of a run that nothing interrupted."""
     flags = [*short_flags(many_rows), "--model", folder, "--repeats", 2]
     flags += ["--generation_strategy", "autoregressive", "self_speculative"]
-    assert run(benchmark.main, *flags, "--output_dir", tmp_path / "whole") == 0
+    assert run(quick_main, *flags, "--output_dir", tmp_path / "whole") == 0
     figures = json.loads((tmp_path / "whole" / "benchmark.json").read_text())["strategies"]
     return flags, unchanging(figures), untimed(lines_of(tmp_path / "whole" / "benchmark.jsonl"))
 
@@ -747,7 +408,7 @@ def test_a_killed_run_is_resumed(
     kept = kept[: kept.rfind(b"\n") + 1]
     assert 0 < kept.count(b"\n") < len(expected)
     assert json.loads(log.with_suffix(".json").read_text()).keys() == {"arguments"}
-    assert run(benchmark.main, *flags, "--output_dir", log.parent, "--resume", "True") == 0
+    assert run(quick_main, *flags, "--output_dir", log.parent, "--resume", "True") == 0
     assert unchanging(json.loads(log.with_suffix(".json").read_text())["strategies"]) == figures
     assert log.read_bytes().startswith(kept)
     assert untimed(lines_of(log)) == expected
@@ -767,7 +428,7 @@ def test_two_processes_share_the_samples(
     assert unchanging(document["strategies"]) == figures
     assert untimed(lines_of(tmp_path / "two" / "benchmark.jsonl")) == expected
     [last] = [line for line in (tmp_path / "out.txt").read_text().splitlines() if line.startswith('{"strategies"')]
-    assert json.loads(last)["strategies"] == benchmark.rounded(document["strategies"])
+    assert json.loads(last)["strategies"] == rounded(document["strategies"])
 
 
 # Real rows
@@ -786,12 +447,12 @@ REAL = {
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
 @pytest.mark.parametrize("dataset", REAL)
 def test_real_rows(
-    dataset: str, quick: None, run: Callable[..., int], data_folder: Path, capsys: pytest.CaptureFixture[str]
+    dataset: str, run: Callable[..., int], data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the bundled checkpoint, whose context an article with a shot does not fit: that is said."""
     flags = ["--model", BUNDLED_CHECKPOINT, "--dataset", dataset, "--data_path", data_folder / REAL[dataset]]
     flags += ["--generation_strategy", "self_speculative", "--num_samples", 2, "--max_steps", 6, "--sample", "False"]
-    assert run(benchmark.main, *flags, "--n_shot", 1) == 0
+    assert run(quick_main, *flags, "--n_shot", 1) == 0
     said = capsys.readouterr()
     figures = json.loads(said.out.splitlines()[-1])["strategies"]["self_speculative"]
     assert (figures["samples"], figures["tokens"]) == (2, 12)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,15 +12,21 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+import torch
+from documents import Command, commands
 from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import apply_template
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.commands import eval as eval_script
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.harness.adapter import LayerSkipLM, main
-from self_speculation.harness.evaluation import TASKS_FOLDER, DrawnShots, FittedPrompts, LoadedTasks
+from self_speculation.harness.drawn_shots import DrawnShots
+from self_speculation.harness.fitted_prompts import FittedPrompts
+from self_speculation.harness.loaded_tasks import TASKS_FOLDER, LoadedTasks
 from self_speculation.loading import BUNDLED_CHECKPOINT, ModelArguments, load
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +127,7 @@ def run(
         given += [str(item) for flag, value in defaults.items() if flag not in given for item in (flag, value)]
         monkeypatch.setattr(sys, "argv", ["eval.py", *given])
         # Its handler would outlive the standard error that pytest gives this test.
-        monkeypatch.setattr(eval_script, "setup_logging", lambda level: None)
+        monkeypatch.setattr("lm_eval.utils.setup_logging", lambda level: None)
         try:
             eval_script.main()
         except SystemExit as stop:
@@ -193,10 +198,10 @@ def test_a_run_goes_on_from_its_cache(
     ]
     _, first = run(*flags, "--exit_layer", exit_layer)
 
-    def score(*_: object) -> None:
+    def read(*_: object) -> None:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("self_speculation.harness.adapter.score_continuations", score)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", read)
     _, again = run(*flags, "--exit_layer", exit_layer)
     assert again["results"] == first["results"]
     with pytest.raises(AssertionError, match="scored again"):
@@ -248,7 +253,7 @@ COPIED = {
 
 
 @pytest.mark.parametrize("name", COPIED)
-def test_local_tasks_ask_and_score_as_lm_eval_s_own(name: str) -> None:
+def test_local_tasks_ask_and_score_as_lm_eval_s_own(name: str, data_dir: Path) -> None:
     ours = load_yaml(TASKS_FOLDER / f"{name}.yaml", resolve_func=False)
     theirs = load_yaml(Path(lm_eval.tasks.__file__).parent / COPIED[name], resolve_func=False)
     assert ours["output_type"] == theirs["output_type"]
@@ -256,7 +261,10 @@ def test_local_tasks_ask_and_score_as_lm_eval_s_own(name: str) -> None:
     assert ours.get("filter_list") == (None if name == "humaneval" else theirs.get("filter_list"))
     if name != "boolq":  # lm-eval's passages have their title in front already.
         wanted = theirs["doc_to_text"].replace("{{goal}}", "{{question}}")
-        assert ours["doc_to_text"] == wanted
+        [task] = LoadedTasks([f"local_{name}"], [], str(data_dir)).tasks.values()
+        assert task.eval_docs
+        for doc in task.eval_docs:
+            assert task.doc_to_text(doc) == apply_template(wanted, doc)
     until = ours.get("generation_kwargs", {}).get("until")
     assert until == theirs.get("generation_kwargs", {"until": None}).get("until", ["\n\n"])
     own_metrics = [metric["metric"] for metric in ours["metric_list"]]
@@ -375,7 +383,7 @@ def test_kept_prompts_are_used_again(run: Callable[..., Any], tmp_path: Path, mo
     def build(*_: object, **__: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(FittedPrompts, "__call__", build)
+    monkeypatch.setattr(ConfigurableTask, "fewshot_context", build)
     _, again = run(*flags)
     assert again["results"] == first["results"]
     with pytest.raises(AssertionError, match="built again"):
@@ -481,17 +489,12 @@ def test_lm_eval_s_own_command_line_reaches_it(
     assert "--exit_layer" in capsys.readouterr().err
 
 
-def readme_commands() -> list[str]:
-    """The README's commands for eval.py on local data."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].strip() for line in lines if line.startswith("python eval.py")]
-
-
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
-@pytest.mark.parametrize("command", readme_commands())
-def test_the_readme_s_commands_run(command: str, run: Callable[..., Any], data_dir: Path) -> None:
-    flags = shlex.split(command.replace("$LAYERSKIP_DATA", str(data_dir)))[2:]
+@pytest.mark.parametrize(
+    "command", [command for command in commands("eval") if "$LAYERSKIP_DATA" in command.flags], ids=str
+)
+def test_the_documents_commands_run(command: Command, run: Callable[..., Any], data_dir: Path) -> None:
+    flags = [str(data_dir) if flag == "$LAYERSKIP_DATA" else flag for flag in command.flags]
     if "--limit" in flags:
         flags[flags.index("--limit") + 1] = "1"
     code, results = run(*flags, "--model", BUNDLED_CHECKPOINT, *QUICK)

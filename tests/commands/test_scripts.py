@@ -5,20 +5,21 @@ import json
 import os
 import pty
 import re
-import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from documents import README, Command, commands
 
 from self_speculation.autoregressive_generator import EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.commands.interactive import InterruptKey, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
+from self_speculation.measuring.probes import Probes
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "def add(a, b):"
 
 
@@ -186,38 +187,32 @@ def test_prompts_are_typed_until_ctrl_d_and_blank_ones_are_asked_for_again(
     assert "Ctrl-D" in capsys.readouterr().out
 
 
-def readme_commands() -> list[str]:
-    """Every command of the README that runs one of the scripts on the bundled checkpoint."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].strip() for line in lines if line.startswith(("python ", "torchrun "))]
-
-
 BRIEF = ["--num_samples", 1, "--repeats", 1]
+# The memory's bandwidth and use, as if measured.
+QUICK = Probes(bytes_per_second=lambda device: 1e10, live_bytes=lambda: 12345)
 SCRIPTS = {
-    "generate.py": (generate.main, []),
-    "correctness.py": (correctness.main, ["--num_samples", 1, "--exit_layer", 3, "--num_speculations", 2]),
-    "benchmark.py": (benchmark.main, [*BRIEF, "--score_text", "False"]),
-    "sweep.py": (sweep.main, [*BRIEF, "--duel_repeats", 1, "--exit_layer_last", 2, "--num_speculations_last", 2]),
+    "generate": (generate.main, []),
+    "correctness": (correctness.main, ["--num_samples", 1, "--exit_layer", 3, "--num_speculations", 2]),
+    "benchmark": (partial(benchmark.main, QUICK), [*BRIEF, "--score_text", "False"]),
+    "sweep": (sweep.main, [*BRIEF, "--duel_repeats", 1, "--exit_layer_last", 2, "--num_speculations_last", 2]),
 }
+
+
+def is_brief(command: Command) -> bool:
+    """The README's commands are run by default, but for those that transformers' own decoding makes slow."""
+    return command.page == README and "hf_generate" not in command.flags
 
 
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
 @pytest.mark.parametrize(
     "command",
-    [
-        pytest.param(
-            command, marks=[pytest.mark.slow] if re.search("--repeats|--mode both|hf_generate", command) else []
-        )
-        for command in readme_commands()
-        if command.split()[1] in SCRIPTS
-    ],
+    [pytest.param(command, marks=[] if is_brief(command) else [pytest.mark.slow]) for command in commands(*SCRIPTS)],
+    ids=str,
 )
-def test_the_readme_s_commands_run(command: str, run: Callable[..., int], rows: Path) -> None:
+def test_the_documents_commands_run(command: Command, run: Callable[..., int], rows: Path) -> None:
     """Briefly, on the bundled checkpoint and local rows."""
-    script, *flags = shlex.split(command)[1:]
-    main, brief = SCRIPTS[script]
-    flags += ["--model", str(BUNDLED_CHECKPOINT)]
+    main, brief = SCRIPTS[command.program]
+    flags = [*command.flags, "--model", str(BUNDLED_CHECKPOINT), "--output_dir", str(rows.parent / "logs")]
     if "--dataset" in flags:
         flags += ["--dataset", "custom_jsonl", "--data_path", str(rows)]
     if main is generate.main and "--prompt" not in flags:

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.patches import Rectangle
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.commands import generate, sweep
-from self_speculation.loading import ModelArguments
-from self_speculation.measuring import pictures as grid_pictures
-from self_speculation.measuring.figures import Contestant, Measurement
-from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
+from self_speculation.generator_base import GenerationConfig
+from self_speculation.loading import ModelArguments, load
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.contestants import Contestant
+from self_speculation.measuring.measurements import Measurement
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.sweep import GridRow, SearchPlan, Sweep, search
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 6
@@ -35,7 +37,11 @@ COLUMNS = (
 )
 SHORT = ("--sample", "False", "--max_steps", 8, "--finalists", 1, "--repeats", 1, "--duel_repeats", 1)
 SMALL_GRID = ("--exit_layer_last", 3, "--num_speculations_last", 2)
-SMALL_CELLS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+SMALL_CELLS = [Cell(exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in (1, 2)]
+
+# The same without the script.
+GREEDY = GenerationConfig(generation_strategy="self_speculative", sample=False, max_new_tokens=8)
+BRIEF = SearchPlan("grid", finalists=1, repeats=1, profile_samples=4, duel_repeats=1)
 
 Run = Callable[..., int]
 
@@ -75,7 +81,7 @@ def run_sweep(run: Run, rows: Path) -> Run:
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn, but not saved, which takes longer than a tiny sweep."""
-    monkeypatch.setattr(grid_pictures, "_save", lambda figure, path: None)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: None)
 
 
 @pytest.fixture
@@ -176,10 +182,10 @@ def test_grid_measures_every_cell_and_ends_with_a_command_that_runs(
 
 def test_the_command_names_what_is_not_default() -> None:
     model_arguments = ModelArguments(model="a folder", dtype="float32")
-    command = sweep.command(model_arguments, sweep.SweepConfig(sample=False), (3, 5))
+    command = sweep.command(model_arguments, sweep.SweepConfig(sample=False, max_new_tokens=64), Cell(3, 5))
     assert command == (
         "python generate.py --model 'a folder' --dtype float32 --generation_strategy self_speculative "
-        "--exit_layer 3 --num_speculations 5 --sample False"
+        "--exit_layer 3 --num_speculations 5 --max_steps 64 --sample False"
     )
 
 
@@ -204,24 +210,29 @@ def test_steps_and_ends_of_the_axes(
     assert cells_of(table(logs)) == cells
 
 
-def test_default_axes(make_model: Callable[..., LlamaForCausalLM]) -> None:
-    cells = sweep.SweepArguments().cells(make_model(num_hidden_layers=4))
+def test_default_axes() -> None:
+    cells = sweep.SweepArguments().cells(num_layers=4)
     assert cells == list(itertools.product((1, 2, 3), range(1, 7)))
 
 
-@pytest.mark.usefixtures("without_pictures")
-def test_every_cell_answers_the_same_prompts(run_sweep: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cell_answers_the_same_prompts(folder: Path, logs: Path) -> None:
     seen: dict[tuple[str, int | None, int | None], list[tuple[list[int], list[int]]]] = {}
-    measure = Contestant.run
 
-    def spy(self: Contestant, prompts: list[list[int]]) -> list[Measurement]:
-        [measurement], config = measure(self, prompts), self.config
-        key = (config.generation_strategy, config.exit_layer, config.num_speculations)
-        seen.setdefault(key, []).append((prompts[0], measurement.tokens))
-        return [measurement]
+    class Noted(Contestant):
+        def run(self, prompts: list[list[int]]) -> list[Measurement]:
+            [measurement], config = super().run(prompts), self.config
+            key = (config.generation_strategy, config.exit_layer, config.num_speculations)
+            seen.setdefault(key, []).append((prompts[0], measurement.tokens))
+            return [measurement]
 
-    monkeypatch.setattr(Contestant, "run", spy)
-    assert run_sweep(*SMALL_GRID) == 0
+    class NotedSweep(Sweep):
+        def contestant(self, cell: Cell | None) -> Contestant:
+            own = super().contestant(cell)
+            return Noted(own.generator, own.config)
+
+    log = RunLog(logs, "sweep")
+    log.begin({}, resume=False)
+    search(NotedSweep(*load(ModelArguments(str(folder))), GREEDY, PROMPTS), SMALL_CELLS, log, BRIEF)
     expected = [("autoregressive", None, None), *(("self_speculative", *cell) for cell in SMALL_CELLS)]
     assert list(seen) == expected
     answers = seen["autoregressive", None, None]
@@ -353,95 +364,54 @@ def test_a_killed_sweep_goes_on_where_it_was(
     )
 
 
-@pytest.mark.usefixtures("without_pictures")
-def test_only_what_is_missing_is_measured_after_an_interruption(
-    run_sweep: Run, tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_what_is_missing_is_measured_after_an_interruption(folder: Path, tmp_path: Path, logs: Path) -> None:
     """The third cell is interrupted, in the middle of its line."""
-    assert run_sweep(*QUICK_GRID, "--output_dir", tmp_path / "uninterrupted") == 0
-    measure, measured = sweep.Sweep._measure, []
+    measured: list[Cell | None] = []
 
-    def until_the_third(self: sweep.Sweep, cell: sweep.Cell | None) -> dict[str, Any]:
-        measured.append(cell)
-        if cell == (2, 1):
-            with (logs / "sweep.jsonl").open("a") as file:
-                file.write('{"cell": [2, 1], "tok')
-            raise InterruptionError
-        return measure(self, cell)
+    class Noted(Sweep):
+        def measure(self, cell: Cell | None) -> GridRow:
+            measured.append(cell)
+            return super().measure(cell)
 
-    monkeypatch.setattr(sweep.Sweep, "_measure", until_the_third)
+    class Interrupted(Noted):
+        def measure(self, cell: Cell | None) -> GridRow:
+            row = super().measure(cell)
+            if cell == (2, 1):
+                with (logs / "sweep.jsonl").open("a") as file:
+                    file.write('{"cell": [2, 1], "tok')
+                raise InterruptionError
+            return row
+
+    def swept(kind: type[Sweep], folder_of_log: Path, resume: bool) -> None:
+        measured.clear()
+        log = RunLog(folder_of_log, "sweep")
+        log.begin({}, resume)
+        kind(*load(ModelArguments(str(folder))), GREEDY, PROMPTS[:1]).grid(SMALL_CELLS, log)
+
+    swept(Noted, tmp_path / "uninterrupted", resume=False)
+    assert measured == [None, *SMALL_CELLS]
     with pytest.raises(InterruptionError):
-        run_sweep(*QUICK_GRID)
+        swept(Interrupted, logs, resume=False)
     assert measured == [None, (1, 1), (1, 2), (2, 1)]
     assert cells_of(table(logs)) == [(1, 1), (1, 2)]
     before = table(logs)
-    capsys.readouterr()
 
-    assert run_sweep(*QUICK_GRID, "--resume", "True", "--max_steps", 9) == 2
-    assert "--max_steps 8, not 9" in capsys.readouterr().err
-
-    measured.clear()
-    monkeypatch.setattr(sweep.Sweep, "_measure", lambda self, cell: measured.append(cell) or measure(self, cell))
-    assert run_sweep(*QUICK_GRID, "--resume", "True") == 0
+    swept(Noted, logs, resume=True)
     assert measured == [(2, 1), (2, 2), (3, 1), (3, 2)]
     assert table(logs)[:3] == before
     assert counts_of(logs) == counts_of(tmp_path / "uninterrupted")
 
-    measured.clear()
-    assert run_sweep(*QUICK_GRID, "--resume", "True") == 0
+    swept(Noted, logs, resume=True)
     assert measured == []
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_another_sweep_is_not_resumed(run_sweep: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_sweep(*QUICK_GRID) == 0
+    assert run_sweep(*QUICK_GRID, "--resume", "True", "--max_steps", 9) == 2
+    assert "--max_steps 8, not 9" in capsys.readouterr().err
 
 
 def test_nothing_to_resume_is_a_mistake(run_sweep: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_sweep("--resume", "True") == 2
     assert "--resume" in capsys.readouterr().err
-
-
-# Pictures
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """The figures that are saved; they are saved all the same."""
-    saved: list[Figure] = []
-    save = grid_pictures._save
-    monkeypatch.setattr(grid_pictures, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
-    return saved
-
-
-def test_a_map_with_missing_cells(figures: list[Figure], tmp_path: Path) -> None:
-    values = {(2, 1): 10.0, (2, 3): 20.0, (7, 1): 50.0}
-    grid = GridMap("A title", values, {(2, 1): "a", (7, 1): "c"}, best=(7, 1))
-    save_map(grid, tmp_path / "map.png")
-    assert_is_picture(tmp_path / "map.png")
-    axes = figures[0].axes[0]
-    shown = np.ma.filled(axes.images[0].get_array(), np.nan)
-    np.testing.assert_array_equal(shown, [[10.0, 20.0], [50.0, np.nan]])
-    assert axes.images[0].origin == "lower"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "3"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["2", "7"]
-    texts = {text.get_text(): (text.get_position(), text.get_color()) for text in axes.texts}
-    assert texts == {"a": ((0, 0), "white"), "c": ((0, 1), "black")}
-    [frame] = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert frame.get_xy() == (-0.5, 0.5)
-    assert axes.get_title() == "A title"
-
-
-def test_a_map_of_one_cell_without_a_best(figures: list[Figure], tmp_path: Path) -> None:
-    save_map(GridMap("", {(1, 1): 0.0}, {}), tmp_path / "map.png")
-    assert_is_picture(tmp_path / "map.png")
-    assert list(figures[0].axes[0].patches) == []
-
-
-def test_a_scatter_picture_states_the_median_error(figures: list[Figure], tmp_path: Path) -> None:
-    """Of the cells that are both predicted and measured: 10 %, 20 % and 50 % off."""
-    predicted = {(1, 1): 110.0, (1, 2): 160.0, (3, 1): 450.0, (4, 4): 1.0}
-    measured = {(1, 1): 100.0, (1, 2): 200.0, (3, 1): 300.0, (5, 5): 1.0}
-    save_scatter(predicted, measured, tmp_path / "scatter.png")
-    assert_is_picture(tmp_path / "scatter.png")
-    axes = figures[0].axes[0]
-    assert axes.get_title() == "3 cells, median error 20.0%"
-    points = np.asarray(axes.collections[0].get_offsets())
-    np.testing.assert_array_equal(points, [[100, 110], [200, 160], [300, 450]])
-    assert list(axes.collections[0].get_array()) == [1, 1, 3]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("measured tokens/s", "predicted tokens/s")

@@ -320,8 +320,7 @@ def test_a_smaller_batch_keeps_its_rows_cache(make_model: Callable[..., LlamaFor
     cache = PositionAddressedCache(2, 64)
     for layer in range(2):
         keys = torch.arange(4.0)[:, None, None, None].expand(4, 2, 1, 8) + 10 * layer
-        cache.address(torch.zeros(4, 1, dtype=torch.long))
-        cache.update(keys, -keys, layer)
+        cache.access(torch.zeros(4, 1, dtype=torch.long)).update(keys, -keys, layer)
     before = cache.num_bytes
     cache.keep(torch.tensor([1, 3]))
     assert cache.num_bytes == before // 2

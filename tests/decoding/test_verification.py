@@ -35,7 +35,7 @@ def verify_one(q_dV: list[list[float]], p_TV: list[list[float]], draft: list[int
     """One row's tokens of a step, its whole draft to be judged: the accepted ones and the target's."""
     q_B1V = [torch.tensor([[q_V]]) for q_V in q_dV]
     draft_1 = Draft(torch.tensor([draft]), q_B1V, torch.tensor([len(draft)]))
-    return decided(RULE.verify(draft_1, torch.tensor([p_TV]).log(), noise_1TS))[0]
+    return decided(RULE.judge(draft_1, torch.tensor([p_TV]).log(), noise_1TS))[0]
 
 
 def decided(verdict: Verdict) -> list[list[int]]:
@@ -59,7 +59,7 @@ def test_greedy(draft: list[int], draft_length: int, target: list[int], expected
     # A second row that accepts nothing must not change the first.
     logits_2TV = logits_1TV.repeat(2, 1, 1)
     tokens_2d = torch.tensor([draft, [(token + 1) % VOCABULARY for token in target[: len(draft)]]]).long()
-    verdict = GreedyRule().verify(Draft(tokens_2d, [], torch.tensor([draft_length, len(draft)])), logits_2TV, None)
+    verdict = GreedyRule().judge(Draft(tokens_2d, [], torch.tensor([draft_length, len(draft)])), logits_2TV, None)
     assert decided(verdict) == [expected, target[:1]]
     assert verdict.accepted_B.tolist() == [len(expected) - 1, 0]
 
@@ -96,7 +96,7 @@ def test_sampling_past_a_rows_draft_draws_from_the_target() -> None:
     q_B1V, p_TV = [torch.tensor([[q_V]] * 3) for q_V in Q], torch.tensor(P)
     draft = Draft(torch.tensor([[0, 1]] * 3), q_B1V, torch.tensor([2, 1, 0]))
     noise_BTS = make_noise([0.0, 0.51], recover=0.9).repeat(3, 1, 1)
-    assert decided(RULE.verify(draft, p_TV.log().expand(3, -1, -1), noise_BTS)) == [[0, 0], [0, 1], [2]]
+    assert decided(RULE.judge(draft, p_TV.log().expand(3, -1, -1), noise_BTS)) == [[0, 0], [0, 1], [2]]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def accepts(p_V: Tensor, q_V: Tensor, uniform_V: Tensor) -> Tensor:
     draft = Draft(tokens_Vd, [q_V.expand(VOCABULARY, 1, -1)], torch.ones(VOCABULARY, dtype=torch.long))
     noise_VTS = torch.zeros(VOCABULARY, 2, 3, dtype=torch.float64)
     noise_VTS[:, 0, ACCEPT_STREAM] = uniform_V
-    return RULE.verify(draft, p_V.log().expand(VOCABULARY, 2, -1), noise_VTS).accepted_B == 1
+    return RULE.judge(draft, p_V.log().expand(VOCABULARY, 2, -1), noise_VTS).accepted_B == 1
 
 
 def acceptance(p_V: Tensor, q_V: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def test_drawing_has_the_targets_distribution() -> None:
         strict=True,
     )
     draft = Draft(torch.cat(tokens, dim=1), list(distributions), torch.full((num_rows,), num_drafted))
-    verdict = RULE.verify(draft, p_TV.log().expand(num_rows, -1, -1), noise_BTS)
+    verdict = RULE.judge(draft, p_TV.log().expand(num_rows, -1, -1), noise_BTS)
     for index in range(num_drafted + 1):
         reached_N = verdict.tokens_BT[verdict.accepted_B >= index, index]
         assert len(reached_N) > 400

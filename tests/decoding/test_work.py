@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
-from self_speculation import autoregressive_generator, self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.cache import BUCKET
-from self_speculation.decoding.session import Decoding
+from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.stepwise_strategy import StepwiseStrategy
 
 NUM_LAYERS = 6
 LENGTHS = (1, 3, 12, 60)
@@ -42,21 +42,6 @@ def decode(strategy: GenerationStrategy, request: GenerationRequest) -> list[lis
         for row, row_step in zip(tokens, step.rows, strict=True):
             row += row_step.tokens
     return tokens
-
-
-@pytest.fixture
-def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Decoding]:
-    """Every run of a strategy during the test, so that its state can be looked at."""
-    runs: list[Decoding] = []
-
-    class RecordedDecoding(Decoding):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **kwargs)
-            runs.append(self)
-
-    for module in (autoregressive_generator, self_speculation_generator):
-        monkeypatch.setattr(module, "Decoding", RecordedDecoding)
-    return runs
 
 
 @dataclass
@@ -132,14 +117,15 @@ def test_work_of_an_autoregressive_step(exit_layer: int | None, model: LlamaForC
 
 
 @pytest.mark.parametrize("exit_layer", [1, 4, 6])
-def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM, decodings: list[Decoding]) -> None:
+def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM) -> None:
     """E layers in prefill and step, and a cache of E layers."""
     request = make_request(make_prompts(), exit_layer=exit_layer)
     prefill, *steps = work_of_steps(EarlyExitStrategy(model), request, 3)
     mine, others = [1] * exit_layer, [0] * (NUM_LAYERS - exit_layer)
     assert prefill == Work([59 * one for one in mine] + others, mine + others, 0)
     assert steps == [Work(mine + others, mine + others, 1)] * 2
-    assert [keys is not None for keys in decodings[0].state.cache.keys] == [bool(one) for one in mine + others]
+    keys = EarlyExitStrategy(model).begin(request).step.rows.cache.keys
+    assert [one is not None for one in keys] == [bool(one) for one in mine + others]
 
 
 def test_the_draft_is_no_longer_than_the_limit_allows(model: LlamaForCausalLM) -> None:
@@ -183,47 +169,42 @@ def test_early_exit_at_the_last_layer_is_autoregressive(model: LlamaForCausalLM)
 
 
 @pytest.mark.parametrize("num_speculations", [1, 8])
-def test_cache_bytes(num_speculations: int, model: LlamaForCausalLM, decodings: list[Decoding]) -> None:
+def test_cache_bytes(num_speculations: int, model: LlamaForCausalLM) -> None:
     """Drafting and verification share one cache: no more than autoregressive decoding's, up to a bucket."""
     for max_new_tokens in (15, 150):
-        decodings.clear()
         request = make_request(make_prompts(), max_new_tokens=max_new_tokens, num_speculations=num_speculations)
-        for strategy in (AutoregressiveStrategy, SelfSpeculativeStrategy):
-            next(strategy(model).steps(request))
-        autoregressive, self_speculative = (decoding.state.cache.num_bytes for decoding in decodings)
+        strategies = (AutoregressiveStrategy(model), SelfSpeculativeStrategy(model))
+        autoregressive, self_speculative = (one.begin(request).step.rows.cache.num_bytes for one in strategies)
         config = model.config
         bytes_per_position = 2 * 8 * NUM_LAYERS * config.num_key_value_heads * config.head_dim * len(LENGTHS)
         assert self_speculative <= 1.02 * autoregressive + BUCKET * bytes_per_position
         assert autoregressive < (60 + max_new_tokens + 1 + BUCKET) * bytes_per_position
 
 
-def poison(decoding: Decoding) -> None:
+def poison(rows: Rows) -> None:
     """Overwrite what lies past the rows' lengths: tokens, and keys and values of all layers."""
-    state = decoding.state
-    columns_C = torch.arange(state.tokens_BC.shape[1])
-    state.tokens_BC[columns_C >= state.lengths_B[:, None]] = 13
-    columns_C = torch.arange(state.cache.capacity)
-    stale_BHC = (columns_C >= state.lengths_B[:, None] - 1)[:, None].expand(-1, 2, -1)
-    for buffer in (*state.cache.keys, *state.cache.values):
+    columns_C = torch.arange(rows.tokens_BC.shape[1])
+    rows.tokens_BC[columns_C >= rows.lengths_B[:, None]] = 13
+    columns_C = torch.arange(rows.cache.capacity)
+    stale_BHC = (columns_C >= rows.lengths_B[:, None] - 1)[:, None].expand(-1, 2, -1)
+    for buffer in (*rows.cache.keys, *rows.cache.values):
         if buffer is not None:
             buffer[stale_BHC] = 1e4
 
 
 @pytest.mark.parametrize("strategy", [AutoregressiveStrategy, EarlyExitStrategy, SelfSpeculativeStrategy])
-def test_stale_entries_are_invisible(
-    strategy: type[GenerationStrategy], model: LlamaForCausalLM, decodings: list[Decoding]
-) -> None:
+def test_stale_entries_are_invisible(strategy: type[StepwiseStrategy], model: LlamaForCausalLM) -> None:
     """Rejected drafts and padding are never read: poisoned between steps, they change neither tokens nor drafts."""
     request = make_request(make_prompts(), num_speculations=5)
     expected = list(strategy(model).steps(request))
     steps = []
-    for step in strategy(model).steps(request):
+    session = strategy(model).begin(request)
+    for step in session.steps():
         steps.append(step)
-        decoding = decodings[-1]
-        lengths = [len(request.prompts[row]) + len(decoding.generated[row]) for row in decoding.rows]
-        assert decoding.state.lengths_B.tolist() == lengths, "rows that have ended must not go on"
+        lengths = [len(request.prompts[row]) + len(session.generated[row]) for row in session.prompt_of_row]
+        assert session.step.rows.lengths_B.tolist() == lengths, "rows that have ended must not go on"
         with torch.inference_mode():
-            poison(decoding)
+            poison(session.step.rows)
     assert steps == expected
     rejected = [row.is_rejected for step in steps for row in step.rows]
     assert any(rejected) == (strategy is SelfSpeculativeStrategy)

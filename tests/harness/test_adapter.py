@@ -15,7 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.harness.adapter import LayerSkipLM, SpeedFigures
+from self_speculation.harness.adapter import LayerSkipLM
+from self_speculation.harness.speed_figures import SpeedFigures
 
 TEXT = "def add(a, b):\n    return a + b\nfor i in range(10):\n    print(i)\n"
 SPECULATIVE = {"generation_strategy": "self_speculative", "exit_layer": 2, "num_speculations": 3}

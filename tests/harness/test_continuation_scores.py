@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from self_speculation.harness import continuation_scores
 from self_speculation.harness.continuation_scores import ScoredText, score_continuations
 
 TEXTS = [
@@ -34,11 +33,9 @@ def expected(model: LlamaForCausalLM, text: ScoredText, exit_layer: int) -> list
 
 
 @pytest.mark.parametrize("chunk_logits", [2**22, 1])
-def test_scores_are_those_of_transformers_hidden_states(
-    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, chunk_logits: int
-) -> None:
-    monkeypatch.setattr(continuation_scores, "CHUNK_LOGITS", chunk_logits)
-    for exit_layer, scores in zip(LAYERS, score_continuations(model, TEXTS, LAYERS), strict=True):
+def test_scores_are_those_of_transformers_hidden_states(model: LlamaForCausalLM, chunk_logits: int) -> None:
+    every = score_continuations(model, TEXTS, LAYERS, chunk_logits=chunk_logits)
+    for exit_layer, scores in zip(LAYERS, every, strict=True):
         wanted = [score for text in TEXTS for score in expected(model, text, exit_layer)]
         assert [score.log_likelihood for score in scores] == pytest.approx([score[0] for score in wanted], rel=1e-6)
         assert [score.is_greedy for score in scores] == [score[1] for score in wanted]

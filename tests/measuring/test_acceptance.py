@@ -22,16 +22,9 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.measuring.prediction import (
-    CALLS,
-    ROUNDS,
-    PassCosts,
-    Profile,
-    acceptance_chances,
-    measure_passes,
-    predict,
-    profile,
-)
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.passes import CALLS, ROUNDS, PassCosts, measure_passes
+from self_speculation.measuring.prediction import Profile, acceptance_chances, predict, profile
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 LAYERS = 6
@@ -337,7 +330,7 @@ def test_a_pass_costs_the_median_of_its_rounds(
     assert len(durations) == 2 * ROUNDS
     readings = iter([reading for duration in durations for reading in (0.0, duration * CALLS)])
     clock = SimpleNamespace(perf_counter=lambda: next(readings))
-    monkeypatch.setattr("self_speculation.measuring.prediction.time", clock)
+    monkeypatch.setattr("self_speculation.measuring.passes.time", clock)
     assert measure_passes(agreeing_model, request_of_passes, [(2, 3)]) == PassCosts({2: 10}, {(2, 3): 20})
     assert list(readings) == []
 
@@ -387,9 +380,9 @@ def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausa
 
 
 def test_seconds_of_steps_and_drafts() -> None:
-    costs = PassCosts(draft={3: 10.0, 5: 0.0}, verification={(3, 2): 1.0, (3, 4): 0.0, (6, 0): 2.0})
-    assert costs.seconds((3, 2), steps=4, drafted=7) == 7 * 10 + 4 * 1
-    assert costs.seconds((6, 0), steps=4, drafted=0) == 4 * 2
+    costs = PassCosts(draft={3: 10.0, 5: 0.0}, verification={Cell(3, 2): 1.0, Cell(3, 4): 0.0, Cell(6, 0): 2.0})
+    assert costs.seconds(Cell(3, 2), steps=4, drafted=7) == 7 * 10 + 4 * 1
+    assert costs.seconds(Cell(6, 0), steps=4, drafted=0) == 4 * 2
 
 
 def test_predictions_by_hand() -> None:
@@ -404,22 +397,22 @@ def test_predictions_by_hand() -> None:
         Profile(GenerationResult(tokens=[7] * 4, prefill_seconds=0.25), 4, np.array([[0.0] * 4, [1.0] * 4])),
         Profile(GenerationResult(tokens=[7] * 2, prefill_seconds=0.5), 9, np.array([[1.0, 1.0], [0.0, 1.0]])),
     ]
-    costs = PassCosts({2: 1.5, 5: 3.5}, {(5, 3): 4.0, (5, 1): 2.0, (2, 3): 8.0, (2, 1): 7.0})
+    costs = PassCosts({2: 1.5, 5: 3.5}, {Cell(5, 3): 4.0, Cell(5, 1): 2.0, Cell(2, 3): 8.0, Cell(2, 1): 7.0})
     expected = {
-        (2, 1): (6 / (0.75 + 4 * 1.5 + 5 * 7), 1 / 4, 6 / 5),
-        (2, 3): (6 / (0.75 + 8 * 1.5 + 5 * 8), 2 / 8, 6 / 5),
-        (5, 1): (6 / (0.75 + 4 * 3.5 + 4 * 2), 3 / 4, 6 / 4),
-        (5, 3): (6 / (0.75 + 7 * 3.5 + 3 * 4), 4 / 7, 6 / 3),
+        Cell(2, 1): (6 / (0.75 + 4 * 1.5 + 5 * 7), 1 / 4, 6 / 5),
+        Cell(2, 3): (6 / (0.75 + 8 * 1.5 + 5 * 8), 2 / 8, 6 / 5),
+        Cell(5, 1): (6 / (0.75 + 4 * 3.5 + 4 * 2), 3 / 4, 6 / 4),
+        Cell(5, 3): (6 / (0.75 + 7 * 3.5 + 3 * 4), 4 / 7, 6 / 3),
     }
     for cells in (list(expected), list(expected)[::-1]):
         predictions = predict(profiles, cells, costs)
-        assert [(one.exit_layer, one.num_speculations) for one in predictions] == cells
+        assert [one.cell for one in predictions] == cells
         for one in predictions:
             rates = (one.tokens_per_second, one.acceptance_rate, one.tokens_per_step)
-            assert rates == pytest.approx(expected[one.exit_layer, one.num_speculations])
+            assert rates == pytest.approx(expected[one.cell])
 
 
 def test_a_prediction_without_drafts_has_no_acceptance() -> None:
     profiles = [Profile(GenerationResult(tokens=[7]), 1, np.array([[1.0]]))]
-    [one] = predict(profiles, [(1, 3)], PassCosts({1: 1.0}, {(1, 3): 2.0}))
+    [one] = predict(profiles, [Cell(1, 3)], PassCosts({1: 1.0}, {Cell(1, 3): 2.0}))
     assert (one.tokens_per_second, one.acceptance_rate, one.tokens_per_step) == (0.5, 0.0, 1.0)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from self_speculation.measuring import code_execution
 from self_speculation.measuring.code_execution import (
+    PROCESS_SOURCE,
     Isolation,
     Limits,
+    Sandbox,
     completion,
     network_isolation,
     pass_at_1,
@@ -25,11 +26,10 @@ from self_speculation.measuring.code_execution import (
 
 
 @pytest.fixture(params=list(Isolation))
-def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isolation:
+def isolation(request: pytest.FixtureRequest) -> Isolation:
     """Each way to keep programs from the network that this machine has."""
     if network_isolation() is Isolation.BLOCKED_SOCKETS and request.param is not network_isolation():
         pytest.skip("the kernel allows no network namespace")
-    monkeypatch.setattr(code_execution, "network_isolation", lambda: request.param)
     return request.param
 
 
@@ -113,7 +113,7 @@ def test_outcomes_keep_the_order_of_the_programs(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_programs_that_fail(source: str, reason: str | None, isolation: Isolation) -> None:
-    outcome = run(source)
+    outcome = run(source, Sandbox(isolation=isolation))
     assert not outcome.passed
     assert reason in (None, outcome.reason)
     assert outcome.isolation is isolation
@@ -140,7 +140,7 @@ def test_programs_that_fail(source: str, reason: str | None, isolation: Isolatio
 )
 def test_programs_that_pass(source: str, isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
-    assert run(source).reason == "passed"
+    assert run(source, Sandbox(isolation=isolation)).reason == "passed"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_programs_that_pass(source: str, isolation: Isolation, monkeypatch: pyte
 def test_limits(source: str, limits: Limits, reason: str) -> None:
     """Each of these passes within the default limits."""
     assert run(source).passed
-    outcome = run(source, limits)
+    outcome = run(source, Sandbox(limits))
     assert not outcome.passed
     assert outcome.reason == reason
 
@@ -172,7 +172,7 @@ def test_default_limits(source: str, reason: str) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may have any number of processes")
 def test_number_of_processes() -> None:
     source = "import os, time\nfor _ in range(20):\n    if not os.fork(): time.sleep(60)"
-    assert run(source, Limits(processes=5)).reason == "BlockingIOError"
+    assert run(source, Sandbox(Limits(processes=5))).reason == "BlockingIOError"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ os.write(os.open({str(path)!r}, os.O_WRONLY), b"started")
 if not os.fork():
     time.sleep(30)
 """
-    assert run(source + ending, Limits(wall_seconds=1)).reason == reason
+    assert run(source + ending, Sandbox(Limits(wall_seconds=1))).reason == reason
     assert os.read(reader, 100) == b"started"
     poller = select.poll()
     poller.register(reader, select.POLLHUP)
@@ -214,7 +214,7 @@ def test_a_program_has_no_network(isolation: Isolation) -> None:
         source = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=5)"
         subprocess.run([sys.executable, "-c", source], check=True)
         server.accept()[0].close()
-        outcome = run(source)
+        outcome = run(source, Sandbox(isolation=isolation))
         assert not outcome.passed
         # From there not even the loopback device can be reached.
         assert outcome.reason == ("OSError" if isolation is Isolation.NETWORK_NAMESPACE else "PermissionError")
@@ -232,9 +232,8 @@ def test_a_program_has_no_network(isolation: Isolation) -> None:
         "import http.client\nhttp.client.HTTPConnection('127.0.0.1').request('GET', '/')",
     ],
 )
-def test_blocked_sockets(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_execution, "network_isolation", lambda: Isolation.BLOCKED_SOCKETS)
-    assert run(source).reason == "PermissionError"
+def test_blocked_sockets(source: str) -> None:
+    assert run(source, Sandbox(isolation=Isolation.BLOCKED_SOCKETS)).reason == "PermissionError"
 
 
 @pytest.mark.parametrize(
@@ -245,22 +244,21 @@ def test_blocked_sockets(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("raise AttributeError('unshare')", Isolation.BLOCKED_SOCKETS),
     ],
 )
-def test_the_probe_asks_the_kernel(body: str, isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_execution, "_CHILD", f"def _enter_namespace(): {body}")
-    assert network_isolation.__wrapped__() is isolation
+def test_the_probe_asks_the_kernel(body: str, isolation: Isolation) -> None:
+    assert network_isolation(f"def enter_namespace(): {body}") is isolation
 
 
-def test_what_cannot_be_isolated_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse = "\ndef _enter_namespace(): raise OSError(1, 'no network namespace')"
-    monkeypatch.setattr(code_execution, "_CHILD", code_execution._CHILD + refuse)
-    monkeypatch.setattr(code_execution, "network_isolation", lambda: Isolation.NETWORK_NAMESPACE)
+def test_what_cannot_be_isolated_is_not_run() -> None:
+    refuse = "\ndef enter_namespace(): raise OSError(1, 'no network namespace')"
+    sandbox = Sandbox(isolation=Isolation.NETWORK_NAMESPACE, process_source=PROCESS_SOURCE + refuse)
     with pytest.raises(RuntimeError, match="no network namespace"):
-        pass_at_1(["pass"])
+        pass_at_1(["pass"], sandbox)
 
 
 def test_the_new_process_imports_nothing_but_the_standard_library() -> None:
     """Its source stands alone: what its functions name is built in, imported there, or one of them."""
-    tree = ast.parse(code_execution._CHILD)
+    tree = ast.parse(PROCESS_SOURCE)
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
     assert {alias.name for node in nodes for alias in node.names} <= sys.stdlib_module_names
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

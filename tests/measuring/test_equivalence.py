@@ -8,21 +8,20 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
-from self_speculation.decoding.rows import prefill
-from self_speculation.decoding.session import Decoding
+from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome, StepPlan, speculative_step
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
-    GenerationStep,
     GenerationStrategy,
     HuggingfaceLlamaGenerator,
 )
-from self_speculation.self_speculation_generator import SelfSpeculativeStrategy, speculative_step
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.stepwise_strategy import verification_rule
 
 MAX_STEPS = 14
 LENGTHS = (1, 2, 3, 17, 60, 64, 65, 70)
@@ -189,19 +188,26 @@ NUM_STEPS, NUM_SPECULATIONS = 4, 2
 def first_steps(
     model: LlamaForCausalLM,
     prompts: list[list[int]],
-    step: Callable[[LlamaForCausalLM, object, int, int], Tensor],
+    step: Callable[[EagerPasses, Rows, int], StepOutcome],
     sample: bool,
-) -> Iterator[GenerationStep]:
+) -> Iterator[list[RowOutcome]]:
     """The first steps of self-speculative decoding; the drafts are not yet shortened by the limit."""
-    config = GenerationConfig(max_new_tokens=NUM_STEPS * (NUM_SPECULATIONS + 1) + 1, sample=sample, temperature=1.5)
+    config = GenerationConfig(
+        max_new_tokens=NUM_STEPS * (NUM_SPECULATIONS + 1) + 1,
+        sample=sample,
+        temperature=1.5,
+        exit_layer=1,
+        num_speculations=NUM_SPECULATIONS,
+    )
     stop_rule = StopRule(frozenset(), frozenset(), (), lambda tokens: "")
     with torch.inference_mode():
-        request = GenerationRequest(prompts, config, stop_rule, LogitsProcessorList())
-        decoding = Decoding(model, request, NUM_SPECULATIONS)
-        prefill(model, decoding.state, model.config.num_hidden_layers)
+        request = GenerationRequest(prompts, config, stop_rule)
+        rows = SelfSpeculativeStrategy(model).begin(request).step.rows
+        plan = StepPlan(1, NUM_SPECULATIONS, model.config.num_hidden_layers)
+        passes = EagerPasses(model, plan, verification_rule(config), LogitsProcessorList())
         for _ in range(NUM_STEPS):
-            assert decoding.begin_step(NUM_SPECULATIONS) == NUM_SPECULATIONS
-            yield decoding.record(step(model, decoding.state, 1, NUM_SPECULATIONS))
+            rows.cache.see(int(rows.lengths_B.max()) + NUM_SPECULATIONS)
+            yield step(passes, rows, NUM_SPECULATIONS).unpack()
 
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sample"])

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
     RowStep,
 )
-from self_speculation.measuring.figures import Contestant
+from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.rivals import (
     HuggingfaceEarlyExitStrategy,
     HuggingfaceStaticStrategy,
@@ -340,10 +339,10 @@ class Clock(LogitsProcessor):
         return scores
 
 
-def test_a_slow_token_s_seconds_are_its_own(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_token_s_seconds_are_its_own(model: LlamaForCausalLM) -> None:
     clock = Clock()
-    monkeypatch.setattr("self_speculation.measuring.rivals.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    steps = list(HuggingfaceStrategy(model).steps(make_request(PROMPT, processors=(clock,), max_new_tokens=8)))
+    rival = HuggingfaceStrategy(model, clock=lambda: clock.now)
+    steps = list(rival.steps(make_request(PROMPT, processors=(clock,), max_new_tokens=8)))
     assert [step.seconds for step in steps] == [0, 1, 1, 1, 100, 1, 1, 1, 1]
 
 

@@ -1,26 +1,15 @@
-"""What a long run leaves on disk, whenever it is killed and however often it is begun; and what it was run on."""
+"""What a long run leaves on disk, whenever it is killed and however often it is begun."""
 
-import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from self_speculation.measuring import surroundings as hardware
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.surroundings import (
-    last_level_cache_bytes,
-    live_tensor_bytes,
-    memory_bandwidth,
-    surroundings,
-)
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 ARGUMENTS = {"max_steps": 8, "stop_words": ["a", "b"], "data_path": None, "temperature": 0.6}
 NUM_LINES = 200
 
@@ -240,79 +229,3 @@ def test_the_document_is_replaced_as_a_whole(log: RunLog, monkeypatch: pytest.Mo
     log.write({"new": 2})
     assert json.loads(log.document.read_text()) == {"new": 2}
     assert sorted(contents(log)) == ["sweep.json", "sweep.jsonl"]
-
-
-# The machine
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ({"index0": "48K", "index2": "2048K", "index3": "32768K"}, 32768 * 1024),
-        ({"index0": "32K", "index3": "96M\n", "index1": "512K"}, 96 * 1024 * 1024),
-        ({}, None),
-    ],
-)
-def test_the_last_level_cache_is_the_greatest(sizes: dict[str, str], expected: int | None, tmp_path: Path) -> None:
-    for name, size in sizes.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "size").write_text(size)
-        (tmp_path / name / "level").write_text("9\n")
-    assert last_level_cache_bytes(CPU, tmp_path) == expected
-    assert last_level_cache_bytes(CPU, tmp_path / "nowhere") is None
-
-
-def test_memory_bandwidth_is_the_best_pass_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "BANDWIDTH_BYTES", 2**16)
-    assert memory_bandwidth(CPU) > 0
-    times = iter([0, 4, 10, 12, 20, 28, 30, 33, 40, 49])
-    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    assert memory_bandwidth(CPU) == 2**16 / 2
-
-
-def test_live_tensors_are_counted_once() -> None:
-    gc.collect()
-    before = live_tensor_bytes()
-    tensor = torch.zeros(1000, dtype=torch.float64)
-    views = [tensor[10:], tensor.view(10, 100), torch.nn.Parameter(tensor)]
-    assert live_tensor_bytes() - before == 8000
-    del tensor, views
-    assert live_tensor_bytes() == before
-
-
-def test_surroundings_are_json_and_say_on_what_and_with_what() -> None:
-    found = surroundings(CPU)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    keys = {"date", "device", "cores", "threads", "system", "python", "versions", "commit"}
-    assert found.keys() == keys
-    assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert found["threads"] == torch.get_num_threads()
-    assert all(found[key] for key in keys - {"commit"})
-
-
-def test_the_commit_is_the_repository_s_and_none_outside_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "hardware.py"))
-    assert surroundings(CPU)["commit"] is None
-
-    def git(*words: str) -> str:
-        settings = ["-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false"]
-        return subprocess.run(
-            ["git", *settings, *words], cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout
-
-    git("init")
-    (tmp_path / "hardware.py").write_text("1")
-    git("add", ".")
-    git("commit", "--message", "One")
-    commit = git("rev-parse", "--short=12", "HEAD").strip()
-    assert surroundings(CPU)["commit"] == commit
-    (tmp_path / "hardware.py").write_text("2")
-    assert surroundings(CPU)["commit"] == f"{commit}-dirty"
-
-
-def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert surroundings(CPU)["commit"] is None

@@ -11,18 +11,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from self_speculation.prompts.sources import (
-    DATASETS,
-    EXAMPLE_PROMPTS,
-    WINDOW_WORDS,
-    DatasetArguments,
-    Example,
-    PromptLimit,
-    fit,
-    prompt_limit,
-    read_examples,
-    shorten,
-)
+from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.example import Example
+from self_speculation.prompts.fitting import PromptLimit, fit, prompt_limit, shorten
+from self_speculation.prompts.formats import DATASETS
+from self_speculation.prompts.readers import WINDOW_WORDS
+from self_speculation.prompts.sources import read_examples
+from self_speculation.prompts.splits import EXAMPLE_PROMPTS
 
 ARTICLE = " ".join(f"word{n}" for n in range(120))
 SOURCE_ROWS: dict[str, dict[str, str]] = {
@@ -37,9 +32,9 @@ OWN_TEXTS = {
     "human_eval": ("def f():\n", "    pass\n"),
     "gsm8k": ("Question: 1 + 1?\nAnswer:", " 1 + 1 = {2}\n#### 2"),
     "top_v2": ("[alarm] Wake me\nParse:", " [IN:CREATE_ALARM ]"),
-    "cnn_dm_summarization": ("Article: Long. Story.\nSummary:", " Short ."),
+    "cnn_dm_summarization": ("Summarize the following article:\n\nLong. Story.\n\nSummary:", " Short ."),
     "cnn_dm_lm": (ARTICLE[: ARTICLE.index(" word100")], ARTICLE[ARTICLE.index(" word100") :]),
-    "xsum_summarization": ("Article: Long. Story.\nSummary:", " Short."),
+    "xsum_summarization": ("Summarize the following article:\n\nLong. Story.\n\nSummary:", " Short."),
 }
 HUB = {
     "human_eval": ("openai/openai_humaneval", None),

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import EvalPrediction, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.loading import recommendation
+from self_speculation.loading import read_recommendation
+from self_speculation.measuring.exit_report import exit_table
 from self_speculation.measuring.recommendation import candidates, recommend
-from self_speculation.training.exit_measures import exit_metrics, exit_table, num_labels, scoring
-from self_speculation.training.packing import Responses, collate
-from self_speculation.training.trainer import LayerSkipArguments, LayerSkipTrainer
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.exit_measures import exit_metrics, scoring
+from self_speculation.training.labels import num_labels
+from self_speculation.training.responses import Responses, collate
+from self_speculation.training.trainer import LayerSkipTrainer
 
 MakeModel = Callable[..., LlamaForCausalLM]
+MakeTrainer = Callable[..., LayerSkipTrainer]
 PAIRS = [("def f(x):", " return x"), ("class", " Stack: pass"), ("for i in", " range(3):"), ("a", "b"), ("1 +", " 2")]
 
 
@@ -80,25 +84,15 @@ def test_scoring_gives_back_the_forward_that_was_there(model: LlamaForCausalLM, 
     assert model.__dict__.pop("forward") is own
 
 
-def make_trainer(model: LlamaForCausalLM, responses: Responses, folder: Path, **overrides: object) -> LayerSkipTrainer:
-    fields = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 4}
-    training = TrainingArguments(output_dir=str(folder), per_device_eval_batch_size=2, **fields | overrides)
-    layerskip = LayerSkipArguments(p_max=0.5, layer_dropout_schedule="constant")
-    return LayerSkipTrainer(
-        model,
-        training,
-        train_dataset=responses,
-        eval_dataset=responses,
-        data_collator=collate,
-        layerskip=layerskip,
-    )
-
-
-def test_every_exit_is_measured_while_training(make_model: MakeModel, responses: Responses, tmp_path: Path) -> None:
+def test_every_exit_is_measured_while_training(
+    make_model: MakeModel, responses: Responses, tmp_path: Path, make_trainer: MakeTrainer
+) -> None:
     model, undisturbed = make_model(num_hidden_layers=3).float(), make_model(num_hidden_layers=3).float()
-    trainer = make_trainer(model, responses, tmp_path, eval_strategy="steps", eval_steps=2)
+    layerskip = LayerSkipArguments(p_max=0.5, layer_dropout_schedule="constant")
+    options = {"max_steps": 4, "per_device_eval_batch_size": 2}
+    trainer = make_trainer(model, tmp_path, responses, layerskip, eval_strategy="steps", eval_steps=2, **options)
     trainer.train()
-    make_trainer(undisturbed, responses, tmp_path).train()
+    make_trainer(undisturbed, tmp_path, responses, layerskip, **options).train()
     for name, expected in undisturbed.state_dict().items():
         assert torch.equal(model.state_dict()[name], expected)
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -127,7 +121,7 @@ def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreT
         assert kept == {"exit_layer": best.exit_layer, "num_speculations": best.num_speculations}
         assert best.exit_layer in (2, 4)
         assert 0 <= best.acceptance_rate <= 1
-        advice = recommendation(str(folder), 6)
+        advice = read_recommendation(str(folder), 6)
         assert (advice.exit_layer, advice.num_speculations) == (best.exit_layer, best.num_speculations)
     finally:
         (folder / "layerskip.json").unlink(missing_ok=True)

@@ -2,21 +2,24 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import commands
 from transformers import TrainingArguments
 
 from self_speculation.commands import train
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.prompts.sources import TextArguments
-from self_speculation.training.trainer import LayerSkipArguments
+from self_speculation.prompts.arguments import TextArguments
+from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.models import TrainedModelArguments
 
 # The name that older versions of transformers know too.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing.:FutureWarning")
 
-GROUPS = (train.RunArguments, TextArguments, train.ModelArguments, LayerSkipArguments, TrainingArguments)
+GROUPS = (train.RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments, TrainingArguments)
 CPU = ["--bf16", "False", "--use_cpu", "True"]
 # p_max, e_scale, curriculum, R, S(t), batch per device, steps, learning rate; None where the paper says nothing.
 PAPER = {
@@ -64,12 +67,11 @@ def test_recipe_says_the_command_that_runs_it(name: str) -> None:
     assert parsed(*flags)["recipe"] == name
 
 
-def test_the_readmes_commands_are_understood() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    commands = re.findall(r"^(?:python|torchrun .*) train\.py (.*)$", text, flags=re.MULTILINE)
-    assert len(commands) >= 4
-    for command in commands:
-        assert parsed(*shlex.split(command))["output_dir"].startswith("runs/")
+def test_the_documents_commands_are_understood() -> None:
+    found = commands("train")
+    assert len(found) >= 4
+    for command in found:
+        assert parsed(*command.flags)["output_dir"].startswith("runs/")
 
 
 def test_flags_beside_a_recipe_win(tmp_path: Path) -> None:
@@ -81,14 +83,11 @@ def test_flags_beside_a_recipe_win(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["[1", "just words\n", "p_maximum: 0.3\n"])
 def test_bad_recipe_is_one_sentence(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: str, tmp_path: Path, run_script: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     for name, named in ((str(path), "p_maximum" if "p_maximum" in text else "--recipe"), ("nowhere", "finetune_topv2")):
-        monkeypatch.setattr("sys.argv", ["train.py", "--data_path", "x", "--recipe", name])
-        with pytest.raises(SystemExit) as exit_info:
-            train.main()
-        assert exit_info.value.code == 2
+        assert run_script(train.main, "--data_path", "x", "--recipe", name) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert named in line

@@ -1,12 +1,11 @@
-"""Training on two processes equals training on one, under DDP and FSDP; and what a kill or a full disk leaves behind.
+"""Training on two processes equals training on one, under DDP and FSDP; and what a kill leaves behind.
 
-All but the last one start processes, each of which has a time limit and is ended with the test.
+All start processes, each of which has a time limit and is ended with the test.
 """
 
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -23,14 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.training.early_exit_loss import EarlyExitLoss, ExitSchedule
 from self_speculation.training.exit_measures import scoring
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout
-from self_speculation.training.packing import PackedTexts, collate, train_tokenizer
-from self_speculation.training.trainer import INCOMPLETE_FOLDER, LayerSkipArguments, LayerSkipTrainer
 
 LIMIT_SECONDS = 240
 # Of two layers, the first is never dropped.
@@ -221,47 +218,3 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-
-
-@contextmanager
-def full_disk(free_bytes: int) -> Iterator[None]:
-    """No file that is written can become longer."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the checkpoint of step 4, the weights can be written, and the optimiser's states not whole."""
-    blocks = PackedTexts(TEXTS, train_tokenizer(TEXTS, 270), block_size=16)
-
-    def make_trainer(output: Path) -> LayerSkipTrainer:
-        options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 6, "save_steps": 2}
-        training = TrainingArguments(output_dir=str(output), per_device_train_batch_size=2, **options)
-        layerskip = LayerSkipArguments(p_max=0.5, rotation_interval=2)
-        model = make_model().float()
-        model.resize_token_embeddings(270)
-        return LayerSkipTrainer(model, training, train_dataset=blocks, data_collator=collate, layerskip=layerskip)
-
-    whole = make_trainer(tmp_path / "whole")
-    whole.train()
-    original = LayerSkipTrainer._save_checkpoint
-
-    def save_on_a_full_disk(trainer: LayerSkipTrainer, *args: object) -> None:
-        with full_disk(60_000 if trainer.state.global_step == 4 else resource.RLIM_INFINITY):
-            original(trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LayerSkipTrainer, "_save_checkpoint", save_on_a_full_disk)
-        with pytest.raises((OSError, RuntimeError), match=r"(?i)file|write|pos"):
-            make_trainer(tmp_path / "full").train()
-    assert {file.name for file in (tmp_path / "full" / INCOMPLETE_FOLDER / "checkpoint-4").glob("*.safetensors")}
-    assert get_last_checkpoint(str(tmp_path / "full")) == str(tmp_path / "full" / "checkpoint-2")
-    resumed = make_trainer(tmp_path / "full")
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 6
-    for name, expected in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], expected), name

@@ -1,15 +1,17 @@
-"""What the task files here need: rows of local files as datasets, and metrics that lm-eval does not have."""
+"""What the task files here need: rows of local files, prompts of the table of datasets, metrics that lm-eval lacks."""
 
-import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
 from self_speculation.measuring.code_execution import program, run
+from self_speculation.prompts.arguments import DatasetArguments, DatasetName
+from self_speculation.prompts.example import Example
+from self_speculation.prompts.formats import DATASETS
+from self_speculation.prompts.readers import Row, read_json_lines
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 SHOTS_SEED = 1234
@@ -20,7 +22,7 @@ ARTICLE = re.compile(r"^(?= = [^=\n]+ = *$)", flags=re.MULTILINE)
 
 def json_lines(files: dict[str, str], data_dir: str | None = None, **_: Any) -> DatasetDict:
     """Splits of JSON lines: for each, the first file under `data_dir` that matches its pattern."""
-    return _splits({split: list(_rows(_find(data_dir, pattern))) for split, pattern in files.items()})
+    return _splits({split: _rows(_find(data_dir, pattern)) for split, pattern in files.items()})
 
 
 def topv2(files: dict[str, str], data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -28,7 +30,7 @@ def topv2(files: dict[str, str], data_dir: str | None = None, **_: Any) -> Datas
 
     Every row says whether its utterance is one of the training set's, as a fifth of the test set's are.
     """
-    rows = {split: list(_rows(_find(data_dir, pattern))) for split, pattern in files.items()}
+    rows = {split: _rows(_find(data_dir, pattern)) for split, pattern in files.items()}
     seen = {row["utterance"] for row in rows["train"]}
     for split in rows.values():
         random.Random(SHOTS_SEED).shuffle(split)
@@ -58,17 +60,52 @@ def _find(data_dir: str | None, pattern: str) -> Path:
     return found[0]
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not valid JSON: {error.msg}.") from error
+def _rows(path: Path) -> list[Row]:
+    return [row for _, row in read_json_lines(path)]
 
 
-def _splits(rows: dict[str, list[dict[str, Any]]]) -> DatasetDict:
+def _splits(rows: dict[str, list[Row]]) -> DatasetDict:
     return DatasetDict({split: Dataset.from_list(own) for split, own in rows.items()})
+
+
+class Prompt:
+    """A row's prompt, as a model is trained on it and `benchmark.py` asks it."""
+
+    def __init__(self, dataset: DatasetName) -> None:
+        self.dataset = dataset
+
+    def __call__(self, doc: Row) -> str:
+        return _example(self.dataset, doc).message
+
+    def __str__(self) -> str:
+        """What result files say in the place of a template."""
+        return f"the prompt of {self.dataset}"
+
+
+class Response:
+    """A row's response, without what stands between a prompt and it: lm-eval's `target_delimiter`."""
+
+    def __init__(self, dataset: DatasetName, delimiter: str = " ") -> None:
+        self.dataset = dataset
+        self.delimiter = delimiter
+
+    def __call__(self, doc: Row) -> str:
+        return _example(self.dataset, doc).response.removeprefix(self.delimiter)
+
+    def __str__(self) -> str:
+        """What result files say in the place of a template."""
+        return f"the response of {self.dataset}"
+
+
+def _example(dataset: DatasetName, doc: Row) -> Example:
+    return DATASETS[dataset].example(doc, f"--data_dir: a row of {dataset}", DatasetArguments(dataset))
+
+
+gsm8k_prompt, gsm8k_response = Prompt("gsm8k"), Response("gsm8k")
+human_eval_prompt, human_eval_response = Prompt("human_eval"), Response("human_eval", delimiter="")
+cnn_dm_prompt, cnn_dm_response = Prompt("cnn_dm_summarization"), Response("cnn_dm_summarization")
+xsum_prompt, xsum_response = Prompt("xsum_summarization"), Response("xsum_summarization")
+top_v2_prompt, top_v2_response = Prompt("top_v2"), Response("top_v2")
 
 
 def rouge(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

@@ -1,0 +1,39 @@
+"""A picture of every exit layer's scores."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from self_speculation.harness.task_metrics import Results, main_metrics, metrics
+
+
+def plot_exits(results: Results, path: Path) -> None:
+    """A picture of each task's main metric over the exit layer, with its standard error."""
+    shown = main_metrics(results)
+    sides = {True: {}, False: {}}
+    for name, key in shown.items():
+        higher_is_better = results["higher_is_better"][name].get(key.partition(",")[0], True)
+        sides[bool(higher_is_better)][name] = key
+    panels = [(higher, own) for higher, own in sides.items() if own]
+    figure = Figure(figsize=(5.4 * len(panels), 4), layout="constrained")
+    for axes, (higher, own) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, key in own.items():
+            _draw(axes, results["exit_layers"], name, key)
+        names = " / ".join(sorted({key.partition(",")[0] for key in own.values()}))
+        axes.set(xlabel="exit layer", ylabel=names, title="higher is better" if higher else "lower is better")
+        axes.set_yscale("linear" if higher else "log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Axes, exits: dict[int, Results], name: str, key: str) -> None:
+    layers = sorted(exits)
+    found = [next(metric for metric in metrics(exits[layer][name]) if metric.key == key) for layer in layers]
+    values, errors = [metric.value for metric in found], [metric.error or 0.0 for metric in found]
+    [line] = axes.plot(layers, values, marker="o", label=name)
+    low, high = ([value + sign * error for value, error in zip(values, errors, strict=True)] for sign in (-1, 1))
+    axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15)

@@ -1,0 +1,247 @@
+"""The benchmark: contestants answer the same prompts in turns, every answer is a line of a log, and figures follow.
+
+Work is shared out over the ranks. A batch of which the log has only a part is measured again as a whole, and its last
+lines count.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
+from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.code_execution import completion, network_isolation, pass_at_1, program
+from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.figures import Comparison, Counts
+from self_speculation.measuring.measurements import Measurement, Round
+from self_speculation.measuring.probes import PROBES, Probes
+from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.surroundings import surroundings
+from self_speculation.prompts.example import Example
+
+# What a speed-up is over: the first of these that was measured.
+BASELINES = ("autoregressive", "hf_generate")
+# More than the defaults: the share of the ideal speed-up is no better than the passes' times.
+PASS_ROUNDS = 9
+PASS_CALLS = 16
+
+# Scores of answers, by name, from the answers and their examples.
+Scorer = Callable[[list[str], list[Example]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class StrategyFigures:
+    """All that is known of a strategy. None where it does not apply, and then absent in files.
+
+    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow.
+    """
+
+    comparison: Comparison
+    speedup_over: str
+    exit_layer: int | None
+    num_speculations: int | None
+    peak_memory_bytes: int
+    bandwidth_share: float | None = None
+    ideal_decode_speedup: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def share_of_ideal(self) -> float | None:
+        """How much of the ideal was reached."""
+        ideal = self.ideal_decode_speedup
+        return None if ideal is None else self.comparison.speedup.decode_speedup / ideal
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object."""
+        ideal = {"ideal_decode_speedup": self.ideal_decode_speedup, "share_of_ideal": self.share_of_ideal}
+        return (
+            self.comparison.totals.as_json()
+            | {"peak_memory_bytes": self.peak_memory_bytes}
+            | ({} if self.bandwidth_share is None else {"bandwidth_share": self.bandwidth_share})
+            | {"speedup_over": self.speedup_over}
+            | self.comparison.speedup.as_json()
+            | {"exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
+            | self.scores
+            | ({} if self.ideal_decode_speedup is None else ideal)
+        )
+
+
+@dataclass
+class Benchmark:
+    """The contestants, their prompts, and the log of what has been measured; samples are answered in order."""
+
+    contestants: dict[str, Contestant]
+    examples: list[Example]
+    log: RunLog
+    batch_size: int = 1
+    probes: Probes = PROBES
+
+    def __post_init__(self) -> None:
+        self.ranks = PartialState()
+        generator = next(iter(self.contestants.values())).generator
+        self.model = generator.model
+        self.prompts = [generator.encode(example.prompt) for example in self.examples]
+        samples = range(len(self.examples))
+        self.batches = [samples[start : start + self.batch_size] for start in samples[:: self.batch_size]]
+
+    def prompts_of(self, batch: range) -> list[list[int]]:
+        """The samples' prompts."""
+        return [self.prompts[sample] for sample in batch]
+
+    def run(self, repeats: int, verbose: bool) -> None:
+        """Measure what the log does not have yet; samples are lines as soon as all strategies have answered them."""
+        todo = self._todo(repeats)
+        for batch_size in {len(batch): None for _, batch in todo}:
+            for contestant in self.contestants.values():
+                contestant.warm_up([max(self.prompts, key=len)] * batch_size)
+        unit = "sample" if self.batch_size == 1 else "batch"
+        with tqdm(todo, desc="Measuring", unit=unit, disable=not self.ranks.is_main_process) as progress:
+            live = {name: Round(batch_size=self.batch_size) for name in self.contestants}
+            for repeat, batch in progress:
+                answers = self._measure(repeat, batch)
+                if verbose:
+                    for row, sample in enumerate(batch):
+                        progress.write(as_text(self.examples[sample], _row(answers, row)), file=sys.stdout)
+                for name, measurements in answers.items():
+                    live[name].measurements += measurements
+                progress.set_postfix_str(", ".join(f"{name} {live_figures(live[name])}" for name in live))
+        self.ranks.wait_for_everyone()
+
+    def rounds(self) -> dict[str, list[Round]]:
+        """Everything in the log: each strategy's rounds over all samples."""
+        rounds: dict[str, list[Round]] = {name: [] for name in self.contestants}
+        for line in self._lines():
+            for name, values in line["strategies"].items():
+                if line["sample"] == 0:
+                    rounds[name].append(Round(batch_size=self.batch_size))
+                rounds[name][-1].measurements.append(Measurement(**values))
+        return rounds
+
+    def results(self, ceiling: Ceiling, scorers: list[Scorer]) -> dict[str, StrategyFigures]:
+        """Every strategy's figures; the scorers see the answers of the first round."""
+        rounds, peaks = self.rounds(), self.peak_bytes()
+        ideals = {"self_speculative": self.ideal_speedup(rounds)}
+        baseline = next((name for name in BASELINES if name in rounds), next(iter(rounds)))
+        figures = {}
+        for name, own in rounds.items():
+            contestant = self.contestants[name]
+            texts = [m.text for m in own[0].measurements]
+            figures[name] = StrategyFigures(
+                comparison=Comparison.of(own, rounds[baseline]),
+                speedup_over=baseline,
+                exit_layer=contestant.config.exit_layer,
+                num_speculations=contestant.config.num_speculations,
+                peak_memory_bytes=peaks[name],
+                bandwidth_share=ceiling.share(own, contestant),
+                ideal_decode_speedup=ideals.get(name),
+                scores={key: value for score in scorers for key, value in score(texts, self.examples).items()},
+            )
+        return figures
+
+    def document(self, ceiling: Ceiling, figures: dict[str, StrategyFigures]) -> dict[str, Any]:
+        """All figures, and what they depend on."""
+        found = surroundings(self.model.device)
+        found |= {"dtype": str(self.model.dtype), "ranks": self.ranks.num_processes}
+        if any("pass_at_1" in own.scores for own in figures.values()):
+            found["programs_are_kept_from_the_network_by"] = str(network_isolation())
+        strategies = {name: own.as_json() for name, own in figures.items()}
+        return {"surroundings": found, "ceiling": ceiling.as_json(), "strategies": strategies}
+
+    def peak_bytes(self) -> dict[str, int]:
+        """Each strategy's most memory, on the batch whose padded prompts are largest."""
+        largest = max(map(self.prompts_of, self.batches), key=lambda prompts: len(prompts) * max(map(len, prompts)))
+        return {name: one.peak_bytes(largest, self.probes) for name, one in self.contestants.items()}
+
+    def ideal_speedup(self, rounds: dict[str, list[Round]]) -> float | None:
+        """What the drafts' acceptance and the passes' costs allow, timed here and now; None without both strategies.
+
+        The passes are timed in the middle of the answers to the batch that is the middle one by its prompts' sizes.
+        """
+        if not {"autoregressive", "self_speculative"} <= rounds.keys():
+            return None
+        contestant, plain = self.contestants["self_speculative"], rounds["autoregressive"][0]
+        generator, config = contestant.generator, contestant.config
+        batch = sorted(self.batches, key=lambda batch: sum(map(len, self.prompts_of(batch))))[len(self.batches) // 2]
+        answers = [plain.measurements[sample].tokens for sample in batch]
+        halves = [answer[: len(answer) // 2] for answer in answers]
+        prompts = [prompt + half for prompt, half in zip(self.prompts_of(batch), halves, strict=True)]
+        num_layers, cell = self.model.config.num_hidden_layers, Cell(config.exit_layer, config.num_speculations)
+        request = generator.request(prompts, config)
+        cells = [cell, Cell(num_layers, 0)]
+        costs = self.probes.pass_costs(self.model, request, cells, PASS_ROUNDS, PASS_CALLS)
+        return ideal_speedup(rounds["self_speculative"][0], plain, costs, cell, num_layers) or None
+
+    def _todo(self, repeats: int) -> list[tuple[int, range]]:
+        """This rank's share of the rounds' batches that are not whole in the log, which all ranks have read."""
+        self.ranks.wait_for_everyone()
+        done = {(line["repeat"], line["sample"]) for line in self._lines()}
+        self.ranks.wait_for_everyone()
+        todo = [
+            (repeat, batch)
+            for repeat in range(repeats)
+            for batch in self.batches
+            if any((repeat, sample) not in done for sample in batch)
+        ]
+        return todo[self.ranks.process_index :: self.ranks.num_processes]
+
+    def _measure(self, repeat: int, batch: range) -> dict[str, list[Measurement]]:
+        """All strategies' answers to a batch, which are lines of the log then."""
+        turn = repeat + self.batches.index(batch)
+        answers = interleaved(self.contestants, self.prompts_of(batch), turn)
+        for row, sample in enumerate(batch):
+            self.log.append(
+                {
+                    "repeat": repeat,
+                    "sample": sample,
+                    "prompt_tokens": len(self.prompts[sample]),
+                    "prompt": self.examples[sample].prompt,
+                    "response": self.examples[sample].response,
+                    "strategies": {name: asdict(one) for name, one in _row(answers, row).items()},
+                }
+            )
+        return answers
+
+    def _lines(self) -> list[dict[str, Any]]:
+        found = {(line["repeat"], line["sample"]): line for line in self.log.lines()}
+        lines = [found[key] for key in sorted(found)]
+        for line in lines:
+            if line["prompt"] != self.examples[line["sample"]].prompt:
+                raise ValueError(f"--resume: sample {line['sample']} of {self.log.log} is not what the data has now.")
+        return lines
+
+
+def score_text(answers: list[str], examples: list[Example]) -> dict[str, float]:
+    """How near the answers are to the examples' responses."""
+    # Needs packages that decoding and timing do without.
+    from self_speculation.measuring.text_scores import text_scores
+
+    return text_scores(answers, [example.response for example in examples])
+
+
+def score_code(answers: list[str], examples: list[Example]) -> dict[str, float]:
+    """pass@1 of answers to HumanEval's tasks, which are run."""
+    sources = [program(example.row, completion(text)) for example, text in zip(examples, answers, strict=True)]
+    outcomes = pass_at_1(sources)
+    return {"pass_at_1": sum(outcome.passed for outcome in outcomes) / len(outcomes)}
+
+
+def live_figures(one: Round) -> str:
+    """Speed and acceptance so far, for the progress bar."""
+    acceptance = Counts.of(one).acceptance_rate
+    speed = f"{one.decode_tokens_per_second:.1f}/s"
+    return speed if acceptance is None else f"{speed} {acceptance:.0%}"
+
+
+def as_text(example: Example, answers: dict[str, Measurement]) -> str:
+    """A sample in full."""
+    parts = {"prompt": example.prompt, "response": example.response}
+    parts |= {name: measurement.text for name, measurement in answers.items()}
+    return "\n".join(f"--- {name}\n{text}" for name, text in parts.items()) + "\n"
+
+
+def _row(answers: dict[str, list[Measurement]], row: int) -> dict[str, Measurement]:
+    return {name: measurements[row] for name, measurements in answers.items()}

@@ -1,0 +1,111 @@
+"""Strategies that are measured against each other: interleaved over the same prompts, in one process."""
+
+import dataclasses
+import gc
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator, check_exit_layer
+from self_speculation.loading import Recommendation, fill_in, make_strategy
+from self_speculation.measuring.measurements import Measurement
+from self_speculation.measuring.probes import PROBES, Probes
+from self_speculation.measuring.strategies import STRATEGIES
+
+Name = TypeVar("Name")
+
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A strategy with its settings."""
+
+    generator: HuggingfaceLlamaGenerator
+    config: GenerationConfig
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> Self:
+        """The strategy that the config names."""
+        return cls(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, STRATEGIES)), config)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers choose its tokens."""
+        return self.generator.strategy.num_layers(self.config)
+
+    def run(self, prompts: list[list[int]]) -> list[Measurement]:
+        """Answer a batch of prompts, all at once."""
+        return [Measurement.of(result) for result in self.generator.generate(prompts, self.config)]
+
+    def warm_up(self, prompts: list[list[int]], num_tokens: int = WARM_UP_TOKENS) -> None:
+        """Answers that no one counts: short ones, or whole ones where a longer answer would be compiled for anew."""
+        most = self.config.max_new_tokens
+        if not self.generator.strategy.warms_up_whole:
+            most = min(most, num_tokens)
+        self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=most))
+
+    def peak_bytes(self, prompts: list[list[int]], probes: Probes = PROBES) -> int:
+        """The most memory during a batch's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
+        if self.generator.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.run(prompts)
+            return torch.cuda.max_memory_allocated()
+        return self._peak_live_bytes(prompts, probes)
+
+    def _peak_live_bytes(self, prompts: list[list[int]], probes: Probes) -> int:
+        """Live tensors are counted when an LM head has just run, now and then and so near the end too.
+
+        What is compiled runs as it is written: no one can look into it, and the hook would have it compiled anew.
+        """
+        gc.collect()
+        peak, calls = 0, itertools.count(1)
+        every = max(1, self.config.max_new_tokens // probes.memory_looks)
+
+        def look(*_: object) -> None:
+            nonlocal peak
+            if next(calls) % every == 0:
+                peak = max(peak, probes.live_bytes())
+
+        handle = self.generator.model.lm_head.register_forward_hook(look)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                self.run(prompts)
+        finally:
+            handle.remove()
+        return peak
+
+
+def make_contestants(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    configs: Mapping[Name, GenerationConfig],
+    advice: Recommendation,
+    kind: type[Contestant] = Contestant,
+) -> dict[Name, Contestant]:
+    """Every config's strategy, with the exit layer and draft length that were given, or else recommended.
+
+    Raises:
+        ValueError: there is no such strategy, or the model has no such exit layer.
+    """
+    contestants = {}
+    for name, config in configs.items():
+        filled = fill_in(config, advice, STRATEGIES)
+        contestants[name] = kind.of(model, tokenizer, filled)
+        if filled.exit_layer is not None:
+            check_exit_layer(filled.exit_layer, model)
+    return contestants
+
+
+def interleaved(
+    contestants: Mapping[Name, Contestant], prompts: list[list[int]], turn: int
+) -> dict[Name, list[Measurement]]:
+    """Every contestant's answers to a batch of prompts; who begins changes with the turn."""
+    names = list(contestants)
+    start = turn % len(names)
+    answers = {name: contestants[name].run(prompts) for name in names[start:] + names[:start]}
+    return {name: answers[name] for name in names}

@@ -1,0 +1,82 @@
+"""What our strategies have in common: the loop of steps, run as they are written, or compiled where that is asked for.
+
+They differ in one thing, the plan: which layers draft how many tokens, and which verify.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from self_speculation.decoding.cache import PositionAddressedCache
+from self_speculation.decoding.compilation import BACKEND, CompiledSteps
+from self_speculation.decoding.early_exit import token_device
+from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.prefill import prefill
+from self_speculation.decoding.rows import Rows
+from self_speculation.decoding.sampling import warpers
+from self_speculation.decoding.session import EagerStep, Session, Step
+from self_speculation.decoding.step import EagerPasses, StepPlan
+from self_speculation.decoding.verification import GreedyRule, SamplingRule, VerificationRule
+from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
+
+
+class StepwiseStrategy(GenerationStrategy):
+    """Decodes by steps that draft, verify and commit. A subclass writes `plan`.
+
+    `backend` is torch.compile's, for steps that are compiled. One generation at a time.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = BACKEND) -> None:
+        super().__init__(model)
+        self.compiled_steps = CompiledSteps(model, backend)
+
+    @abstractmethod
+    def plan(self, config: GenerationConfig) -> StepPlan:
+        """How the model is cut for each step.
+
+        Raises:
+            ValueError: a setting that the strategy needs is missing, or the model does not have what it names.
+        """
+
+    def num_layers(self, config: GenerationConfig) -> int:
+        """How many layers choose the tokens."""
+        return self.plan(config).num_layers
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Compile the step, if that is asked for."""
+        self._step(request, self.plan(request.config))
+
+    def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:
+        """Prefill, then step by step."""
+        yield from self.begin(request).steps()
+
+    @torch.inference_mode()
+    def begin(self, request: GenerationRequest) -> Session:
+        """Prefill the prompts; the session goes on from there."""
+        plan, context = self.plan(request.config), self.model.config.max_position_embeddings
+        step = self._step(request, plan)
+        step.rows.begin(request.prompts, request.limits(context), request.config.seed)
+        prefill(self.model, step.rows, plan.num_layers, request.config.prefill_chunk)
+        return Session(request, step, plan.num_speculations, context)
+
+    @torch.inference_mode()
+    def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
+        """The step over rows for the request. Logits processors are Python, row by row, and not compiled."""
+        fuse(self.model)
+        passes = EagerPasses(self.model, plan, verification_rule(request.config), request.all_processors())
+        if request.config.compile != "none" and not passes.processors:
+            return self.compiled_steps.get(request, passes)
+        longest = max(request.limits(self.model.config.max_position_embeddings))
+        capacity = longest + plan.num_speculations + 1
+        cache = PositionAddressedCache(self.model.config.num_hidden_layers, capacity, token_device(self.model))
+        return EagerStep(passes, Rows.empty(cache, len(request.prompts), request.config.sample))
+
+
+def verification_rule(config: GenerationConfig) -> VerificationRule:
+    """Greedy decoding, or sampling with the config's filters."""
+    if not config.sample:
+        return GreedyRule()
+    return SamplingRule(warpers(config.temperature, config.top_k, config.top_p))

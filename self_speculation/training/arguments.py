@@ -1,0 +1,79 @@
+"""What a user chooses of LayerSkip's training (section 4.1 of the paper), as flags, and the schedules that follow."""
+
+import math
+from dataclasses import dataclass
+
+from self_speculation.settings import Settings, setting
+from self_speculation.training.early_exit_loss import CHUNK_TOKENS, Curriculum, ExitSchedule, ExitTarget, ExitWeights
+from self_speculation.training.layer_dropout import DepthSchedule, DropoutRates, TimeSchedule
+
+
+@dataclass
+class LayerSkipArguments(Settings):
+    """How LayerSkip trains: layer dropout and early-exit loss."""
+
+    p_max: float = setting(0.1, help="Layer-dropout rate of the last layer; 0 turns it off.")
+    layer_dropout_schedule: TimeSchedule = setting(
+        "exponential",
+        help="S(t): exponential (the paper's from scratch), constant (its continual training), or decreasing to zero.",
+    )
+    layer_dropout_depth: DepthSchedule = setting(
+        "exponential",
+        help="D(l): exponential (the paper's) or linear from the first layer to the last, or constant.",
+    )
+    layer_dropout_rescale: bool = setting(
+        default=False, help="Divide what a kept layer adds by 1 - p; the paper does not."
+    )
+    e_scale: float = setting(0.2, help="Scale of the early exits' loss weights; 0 turns them off.")
+    early_exit_curriculum: Curriculum = setting(
+        "rotational", help="Which exits a step trains; none: all of them at every step."
+    )
+    rotation_interval: int = setting(4, at_least=1, help="R: a rotational step trains every R-th exit.")
+    strict_rotation: bool = setting(
+        default=False, help="Rotate the last layer too, instead of training it at every step."
+    )
+    exit_weights: ExitWeights = setting(
+        "paper", help="e(l): the paper's, or uniform (e_scale for every exit, 1 for the last)."
+    )
+    exit_layers: list[int] = setting(
+        default_factory=list, help="Exit layers to train, from 1; all by default. The last is added."
+    )
+    exit_target: ExitTarget = setting(
+        "labels", help="What early exits learn: the labels, or the last layer's distribution."
+    )
+    loss_chunk_tokens: int = setting(CHUNK_TOKENS, at_least=1, help="Positions whose logits the loss holds at a time.")
+    muon: bool = setting(default=False, help="Optimise the layers' matrices with Muon, and the rest with AdamW.")
+    compile_layers: bool = setting(default=False, help="Compile each decoder layer with torch.compile.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p_max <= 1:
+            raise ValueError(f"--p_max must lie between 0 and 1, not {self.p_max}.")
+        if not 0 <= self.e_scale < math.inf:
+            raise ValueError(f"--e_scale must be a finite number from 0 up, not {self.e_scale}.")
+        super().__post_init__()
+
+    def dropout_rates(self, num_layers: int, num_steps: int) -> DropoutRates:
+        """p_{l,t} (4.1.1), for a model of `num_layers` layers that is trained for `num_steps` steps."""
+        return DropoutRates(
+            self.p_max, num_layers, num_steps, schedule=self.layer_dropout_schedule, depth=self.layer_dropout_depth
+        )
+
+    def exit_schedule(self, num_layers: int, num_steps: int) -> ExitSchedule:
+        """ẽ(t, l) (4.1.2), for a model of `num_layers` layers that is trained for `num_steps` steps."""
+        return ExitSchedule(
+            num_layers=num_layers,
+            num_steps=num_steps,
+            exit_layers=self.exits(num_layers),
+            curriculum=self.early_exit_curriculum,
+            rotation_interval=self.rotation_interval,
+            strict_rotation=self.strict_rotation,
+            weights=self.exit_weights,
+            e_scale=self.e_scale,
+        )
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        """The exit layers to train, in order, for a model of `num_layers` layers."""
+        wrong = [exit_layer for exit_layer in self.exit_layers if not 1 <= exit_layer <= num_layers]
+        if wrong:
+            raise ValueError(f"--exit_layers must lie between 1 and {num_layers}, not {wrong[0]}.")
+        return tuple(sorted({*(self.exit_layers or range(1, num_layers + 1)), num_layers}))

@@ -1,0 +1,204 @@
+"""train.py itself: what it writes, from what it goes on, what it evaluates, and what a user can get wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from self_speculation.commands import train
+from self_speculation.decoding.draft_head import COUNTS_FILE
+from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(run_script: Run, tmp_path: Path) -> Run:
+    """A function that runs `train.main` on a few texts with a tiny model; returns its exit code."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 8)
+    own = (
+        f"--output_dir {tmp_path}/out --vocab_size 270 --block_size 16 --num_layers 2 --hidden_size 16 "
+        "--intermediate_size 24 --num_heads 2 --num_kv_heads 1 --max_steps 3 --save_steps 2 --eval_blocks 4 "
+        "--per_device_train_batch_size 2 --use_cpu True --report_to none --held_out 0.2 --rotation_interval 2 "
+        f"--token_cache {tmp_path}/tokens --recommend_tokens 4 --recommend_samples 1"
+    ).split()
+
+    def main(*flags: str) -> int:
+        has_texts = {"--data_path", "--hub_dataset", "--dataset"} & set(flags)
+        return run_script(train.main, *own, *(() if has_texts else ("--data_path", folder)), *flags)
+
+    return main
+
+
+def checkpoints(output: Path) -> dict[str, int]:
+    """When each checkpoint was written, in nanoseconds."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in output.glob("checkpoint-*/trainer_state.json")}
+
+
+def new_checkpoints(run: Run, output: Path, *flags: str) -> set[str]:
+    """The checkpoints that a run writes, into a folder that may have some."""
+    before = checkpoints(output)
+    assert run(*flags) == 0
+    return {name for name, written in checkpoints(output).items() if before.get(name) != written}
+
+
+def test_main_trains_resumes_and_writes_what_transformers_loads(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    resume = "--resume_from_checkpoint"
+    # There is no checkpoint yet.
+    assert new_checkpoints(run, output, resume, "True") == {"checkpoint-2", "checkpoint-3"}
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert (model.config.num_hidden_layers, model.config.vocab_size) == (2, 270)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
+    ids_BT = tokenizer("def f1(x):", return_tensors="pt").input_ids
+    assert model.generate(ids_BT, max_new_tokens=3, do_sample=False).shape[1] > ids_BT.shape[1]
+    table = pd.read_csv(output / "exits.csv")
+    assert table["exit_layer"].tolist() == [1, 2]
+    assert table["agreement"].tolist()[1] == 1
+    assert table["loss"].between(0, 10).all()
+    assert (output / "exits.png").read_bytes().startswith(b"\x89PNG")
+    advice = json.loads((output / "layerskip.json").read_text())
+    assert (output / COUNTS_FILE).is_file()
+    said = capsys.readouterr().out
+    assert "exit_layer" in said
+    last_line = said.splitlines()[-1]
+    assert last_line.startswith(f"Loss {table['loss'][1]:.3f} (perplexity {table['perplexity'][1]:.2f}), agreement")
+    assert f"exit layer 1 with {advice['num_speculations']} drafts recommended; saved in {output}." in last_line
+    assert {folder.name for folder in output.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-3"}
+
+    whole = (output / "model.safetensors").read_bytes()
+    for value, written in (("True", set()), (str(output / "checkpoint-2"), {"checkpoint-3"})):
+        assert new_checkpoints(run, output, resume, value) == written
+        assert (output / "model.safetensors").read_bytes() == whole
+    shutil.rmtree(output / "checkpoint-3")
+    (output / INCOMPLETE_FOLDER / "checkpoint-3").mkdir(parents=True)
+    assert new_checkpoints(run, output, resume, "True") == {"checkpoint-3"}
+    assert (output / "model.safetensors").read_bytes() == whole
+
+
+def test_main_goes_on_from_a_model(run: Run, tmp_path: Path) -> None:
+    assert run("--num_train_epochs", "1", "--max_steps", "-1", "--save_strategy", "no") == 0
+    first = load_file(tmp_path / "out" / "model.safetensors")
+    flags = ["--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "second"), "--learning_rate", "1e-30"]
+    assert run(*flags, "--num_layers", "7", "--vocab_size", "999") == 0
+    torch.testing.assert_close(load_file(tmp_path / "second" / "model.safetensors"), first, rtol=0, atol=0)
+
+
+def test_main_evaluates_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--save_strategy", "no") == 0
+    trained, said = pd.read_csv(tmp_path / "out" / "exits.csv"), capsys.readouterr().out.splitlines()[-1]
+    flags = ["--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "scores"), "--do_eval", "True"]
+    assert run(*flags) == 0
+    scores = pd.read_csv(tmp_path / "scores" / "exits.csv")
+    assert scores["exit_layer"].tolist() == [1, 2]
+    # The saved model is rounded to bfloat16.
+    assert scores["loss"].tolist() == pytest.approx(trained["loss"].tolist(), rel=1e-2)
+    assert {file.name for file in (tmp_path / "scores").iterdir()} == {"exits.csv", "exits.png"}
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("Loss ")
+    assert "recommended" in said
+    assert "recommended" not in last_line
+    # While training goes on, and then trains.
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert run("--do_eval", "True", "--do_train", "True", "--save_strategy", "no") == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_main_finetunes_on_responses(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"domain": "alarm", "utterance": f"wake me at {number}", "semantic_parse": f"[IN:WAKE {number} ]"}
+        for number in range(8)
+    ]
+    for split in ("train", "eval"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--recipe", "finetune_topv2_1.5b", "--data_path", str(tmp_path), "--bf16", "False", "--max_steps", "2"]
+    assert run(*flags, "--block_size", "128", "--e_scale", "0.5", "--save_strategy", "no") == 0
+    assert len(pd.read_csv(tmp_path / "out" / "exits.csv")) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 270
+
+
+def test_main_trains_a_given_configuration_on_a_stream(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("datasets")
+    assert run("--save_strategy", "no", "--max_steps", "1") == 0
+    (tmp_path / "hub").mkdir()
+    rows = [json.dumps({"text": f"def f{number}(x):\n    return x + {number}\n"}) for number in range(40)]
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join(rows))
+    flags = ["--hub_dataset", str(tmp_path / "hub"), "--streaming", "True", "--tokenizer", str(tmp_path / "out")]
+    flags += ["--config", str(tmp_path / "out" / "config.json"), "--output_dir", str(tmp_path / "second")]
+    small = ["--hidden_size", "48", "--num_layers", "5", "--stream_held_out", "5", "--save_strategy", "no"]
+    assert run(*flags, *small) == 0
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "second").config
+    assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (2, 16, True)
+    assert run(*flags, "--max_steps", "-1") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --max_steps must be given with --streaming")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--bogus 1", "--bogus"),
+        ("--max_steps many", "--max_steps"),
+        ("--max_steps 0", "--max_steps"),
+        ("--p_max 2", "--p_max"),
+        ("--held_out 0", "--held_out"),
+        ("--exit_layers 1 3", "--exit_layers"),
+        ("--early_exit_curriculum circular", "--early_exit_curriculum"),
+        ("--block_size 1", "--block_size"),
+        ("--block_size 5000", "--block_size"),
+        ("--num_layers 0", "--num_layers"),
+        ("--hidden_size 18", "--hidden_size"),
+        ("--num_heads 3 --hidden_size 18 --num_kv_heads 2", "--num_heads"),
+        ("--data_path {tmp}/nowhere", "--data_path: {tmp}/nowhere"),
+        ("--data_path {tmp}/empty", "--data_path"),
+        ("--data_path {tmp}/broken.jsonl", "{tmp}/broken.jsonl:2"),
+        ("--data_path {tmp}/array.jsonl", "{tmp}/array.jsonl:1"),
+        ("--data_path {tmp}/other.jsonl", "{tmp}/other.jsonl:1"),
+        ("--file_pattern *.txt", "--data_path"),
+        ("--file_pattern /abs", "--file_pattern"),
+        ("--model {tmp}/nowhere", "--model: {tmp}/nowhere"),
+        ("--config {tmp}/nowhere", "--config: {tmp}/nowhere"),
+        ("--config {tmp}/empty --model {tmp}/empty", "--config"),
+        ("--recommend_samples -1", "--recommend_samples"),
+        ("--recommend_tokens 0", "--recommend_tokens"),
+        ("--hub_dataset {tmp}/nowhere", "--hub_dataset: {tmp}/nowhere"),
+        ("--dataset human_eval", "--dataset human_eval"),
+        ("--tokenizer {tmp}/empty", "--tokenizer: {tmp}/empty"),
+        ("--resume_from_checkpoint {tmp}/empty", "--resume_from_checkpoint: {tmp}/empty"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, named: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n{"text": "bad\n')
+    (tmp_path / "array.jsonl").write_text('["text"]\n')
+    (tmp_path / "other.jsonl").write_text('{"content": "text"}\n')
+    assert run(*flags.format(tmp=tmp_path).split()) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert errors == lines[-1:]
+    assert named.format(tmp=tmp_path) in errors[0]
+    assert not any("Traceback" in line for line in lines)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_missing_data_path_is_named(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script(train.main) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--data_path" in line
