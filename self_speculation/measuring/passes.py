@@ -7,7 +7,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,24 +18,13 @@ from self_speculation.decoding.session import Session
 from self_speculation.decoding.step import DraftGiven, EagerPasses, speculative_step
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, synchronize
 from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 # Calls of a pass that are timed together, so that a GPU's queue is full as it is in decoding; before them a quarter as
 # many are not timed, for caches hold what other passes left.
 CALLS = 4
 ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class PassCosts:
-    """Median seconds of single passes of a batch: a token's draft at E, and the verification at (E, d)."""
-
-    draft: dict[int, float]
-    verification: dict[Cell, float]
-
-    def seconds(self, cell: Cell, steps: float, drafted: float) -> float:
-        """What so many steps and drafts take at an (E, d); at d = 0 there are no drafts."""
-        return steps * self.verification[cell] + (drafted * self.draft[cell.exit_layer] if drafted else 0)
 
 
 # What times passes: `measure_passes`, or a stand-in.

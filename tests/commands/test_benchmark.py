@@ -21,7 +21,7 @@ from self_speculation.commands import benchmark
 from self_speculation.generator_base import GenerationRequest
 from self_speculation.loading import BUNDLED_CHECKPOINT
 from self_speculation.measuring.figures import rounded
-from self_speculation.measuring.passes import PassCosts
+from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.measuring.probes import Probes
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,8 @@ from self_speculation.generator_base import (
 )
 from self_speculation.measuring.acceptance import step_counts
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.passes import CALLS, ROUNDS, PassCosts, measure_passes
+from self_speculation.measuring.pass_costs import PassCosts
+from self_speculation.measuring.passes import CALLS, ROUNDS, measure_passes
 from self_speculation.measuring.prediction import Profile, acceptance_chances, predict, profile
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
