@@ -23,6 +23,7 @@ RANKS = (
     f"{PACKAGE}.__main__ benchmarks scripts",
 )
 RANK = {house: rank for rank, houses in enumerate(RANKS) for house in houses.split()}
+PROGRAMS = RANK[f"{PACKAGE}.commands"]
 FOLDERS = (PACKAGE, "benchmarks")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 # What decoding does without.
@@ -79,7 +80,7 @@ def project_imports(tree: ast.Module) -> set[str]:
 
 
 def longest_chain() -> list[str]:
-    """Of modules that import one another.
+    """Of modules that import one another, below the programs.
 
     Raises:
         CycleError: some do so in a circle.
@@ -88,7 +89,7 @@ def longest_chain() -> list[str]:
     chains: dict[str, list[str]] = {}
     for module in TopologicalSorter(imports).static_order():
         chains[module] = [module, *max((chains[name] for name in imports[module]), key=len, default=[])]
-    return max(chains.values(), key=len)
+    return max((chain for module, chain in chains.items() if RANK[house(module)] < PROGRAMS), key=len)
 
 
 def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
