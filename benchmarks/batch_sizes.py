@@ -32,9 +32,10 @@ from tqdm import tqdm
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load, read_recommendation
-from self_speculation.measuring.contestants import Contestant, interleaved, make_contestants
+from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import CellReport, compare
 from self_speculation.measuring.figures import Times, Totals
+from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.measurements import Round, ratio
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
@@ -118,7 +119,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     advice = read_recommendation(model_arguments.model, len(model.model.layers))
-    contestants = make_contestants(model, tokenizer, config.of_both_strategies(), advice, kind)
+    contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     encode = contestants["autoregressive"].generator.encode

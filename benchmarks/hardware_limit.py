@@ -44,13 +44,15 @@ from self_speculation.measuring import tables
 from self_speculation.measuring.ceiling import Ceiling, Memory, WeightBytes
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, SpeedUp
+from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
 from self_speculation.measuring.probes import PROBES, Probes
+from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.strategies import RIVALS, STRATEGIES
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import styled
 from self_speculation.settings import Settings, setting
+from self_speculation.strategies import strategy_type
 
 OWN = ("autoregressive", "self_speculative")
 CUDA_SHAPES = ["llama3.2-1b", "llama2-7b"]
@@ -161,7 +163,7 @@ class ShapeStudy:
     def contestants(self) -> dict[str, Contestant]:
         """Our strategies and transformers'."""
         tokenizer = byte_tokenizer()
-        return {name: Contestant.of(self.model, tokenizer, self.config(name)) for name in self.names}
+        return {name: make_contestant(self.model, tokenizer, self.config(name)) for name in self.names}
 
     @property
     def names(self) -> list[str]:
@@ -176,7 +178,8 @@ class ShapeStudy:
     def config(self, strategy: str) -> GenerationConfig:
         """How a strategy decodes: greedy, with exit layer and draft length if it uses them."""
         goal = self.goal.for_model(self.model)
-        own = {name: getattr(goal, name) for name in STRATEGIES[strategy].uses}
+        config = GenerationConfig(generation_strategy=strategy)
+        own = {name: getattr(goal, name) for name in strategy_type(config, RIVALS).uses}
         return GenerationConfig(
             max_new_tokens=self.arguments.max_steps,
             generation_strategy=strategy,

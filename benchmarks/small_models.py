@@ -25,8 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring import tables
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.contestants import interleaved
 from self_speculation.measuring.figures import Comparison
+from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.settings import Settings, setting
@@ -190,7 +191,7 @@ class SideBySide:
     def __init__(
         self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, configs: dict[str, GenerationConfig]
     ) -> None:
-        self.contestants = {name: Contestant.of(model, tokenizer, config) for name, config in configs.items()}
+        self.contestants = {name: make_contestant(model, tokenizer, config) for name, config in configs.items()}
 
     def warm_up(self, prompt: list[int]) -> None:
         """A short answer of each that no one counts."""

@@ -14,6 +14,7 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
     StepStreamer,
 )
+from self_speculation.strategies import fill_in, make_strategy
 
 
 def load(
@@ -77,8 +78,8 @@ def generate(
     """
     config = GenerationConfig(**{"generation_strategy": "self_speculative", **settings})
     advice = loading.read_recommendation(model.name_or_path or "", model.config.num_hidden_layers)
-    config = loading.fill_in(config, advice)
-    generator = HuggingfaceLlamaGenerator(tokenizer, loading.make_strategy(model, config))
+    config = fill_in(config, advice)
+    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
     if isinstance(prompts, str):
         return generator.generate([prompts], config, streamer)[0]
     return generator.generate(list(prompts), config, streamer)

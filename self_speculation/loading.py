@@ -1,10 +1,8 @@
-"""From names to things: a model and its tokenizer, the exit layer and draft length to use, a strategy."""
+"""From names to things: a model and its tokenizer, and the exit layer and draft length to use."""
 
 import ast
-import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.early_exit import check_supported
-from self_speculation.generator_base import GenerationConfig, GenerationStrategy
-from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.settings import Settings, setting
 
 
 def bundled(name: str) -> Path:
@@ -40,35 +36,25 @@ PAPER_RECOMMENDATIONS = {
     "facebook/layerskip-llama2-13B": (15, 12),
 }
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-Strategies = Mapping[str, type[GenerationStrategy]]
-# Ours; those that they are measured against are in `measuring.strategies`.
-STRATEGIES: Strategies = {
-    "autoregressive": AutoregressiveStrategy,
-    "early_exit": EarlyExitStrategy,
-    "self_speculative": SelfSpeculativeStrategy,
-}
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Settings):
     """Which model, and where and how it runs."""
 
-    model: str = field(
-        default=str(BUNDLED_CHECKPOINT), metadata={"help": "Folder or hub name; the bundled checkpoint by default."}
+    model: str = setting(str(BUNDLED_CHECKPOINT), help="Folder or hub name; the bundled checkpoint by default.")
+    model_args: str | None = setting(
+        None, help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main."
     )
-    model_args: str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main."}
-    )
-    device: str | None = field(default=None, metadata={"help": "cuda, cpu …; CUDA by default where there is any."})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "auto, float32, bfloat16, float16 or float64; auto is the checkpoint's own, "
-            "but float32 on CPUs that are slow in 16 bits."
-        },
+    device: str | None = setting(None, help="cuda, cpu …; CUDA by default where there is any.")
+    dtype: str = setting(
+        "auto",
+        help="auto, float32, bfloat16, float16 or float64; auto is the checkpoint's own, but float32 on CPUs that are "
+        "slow in 16 bits.",
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
 
@@ -118,20 +104,6 @@ def read_recommendation(name: str, num_layers: int) -> Recommendation:
     return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
 
 
-def make_strategy(
-    model: LlamaForCausalLM, config: GenerationConfig, strategies: Strategies = STRATEGIES
-) -> GenerationStrategy:
-    """The one of `strategies` that `config` names."""
-    return _strategy(config, strategies)(model)
-
-
-def fill_in(config: GenerationConfig, advice: Recommendation, strategies: Strategies = STRATEGIES) -> GenerationConfig:
-    """`config` with the recommended exit layer and draft length where none were given and the strategy needs them."""
-    uses = _strategy(config, strategies).uses
-    missing = {name: getattr(advice, name) for name in uses if getattr(config, name) is None}
-    return dataclasses.replace(config, **missing)
-
-
 def choose_device(name: str | None) -> torch.device:
     """The device of this name; CUDA by default where there is any.
 
@@ -145,16 +117,6 @@ def choose_device(name: str | None) -> torch.device:
     # What torch raises for a kind of device that it was built without.
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name!r} is not a device that torch can use here.") from error
-
-
-def _strategy(config: GenerationConfig, strategies: Strategies) -> type[GenerationStrategy]:
-    """A strategy by its name; autoregressive with an explicit exit layer means early exit."""
-    name = config.generation_strategy
-    if name not in strategies:
-        raise ValueError(f"--generation_strategy must be one of {', '.join(strategies)}, not {name!r}.")
-    if name == "autoregressive" and config.exit_layer is not None:
-        return EarlyExitStrategy
-    return strategies[name]
 
 
 def _parse_model_args(text: str | None) -> dict[str, Any]:

@@ -10,18 +10,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import (
-    ModelArguments,
-    Recommendation,
-    fill_in,
-    load,
-    make_strategy,
-    read_recommendation,
-)
+from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
 from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
-from self_speculation.measuring.rivals import HuggingfaceStaticStrategy
-from self_speculation.measuring.strategies import STRATEGIES
+from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.strategies import fill_in, make_strategy
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +67,7 @@ def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
         ("hf_early_exit", (None, 4), (3, 4)),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=given[0], num_speculations=given[1])
-        filled = fill_in(config, advice, STRATEGIES)
+        filled = fill_in(config, advice, RIVALS)
         assert (filled.exit_layer, filled.num_speculations) == expected
 
 
@@ -87,7 +80,7 @@ def test_names_become_strategies(model: LlamaForCausalLM) -> None:
         ("hf_static", None, HuggingfaceStaticStrategy),
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
-        assert type(make_strategy(model, config, STRATEGIES)) is kind
+        assert type(make_strategy(model, config, RIVALS)) is kind
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,20 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
-from self_speculation.measuring.contestants import make_contestants
 from self_speculation.measuring.figures import rounded
+from self_speculation.measuring.line_up import line_up
+from self_speculation.measuring.passes import TimePasses, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
+from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.strategies import STRATEGIES
 from self_speculation.measuring.tables import print_figures
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import fit, prompt_limit
 from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, setting
+from self_speculation.strategies import STRATEGIES
+
+KINDS = {**STRATEGIES, **RIVALS}
 
 
 @dataclass
@@ -74,7 +78,7 @@ class BenchmarkConfig(GenerationConfig):
 
     def check_batches(self) -> None:
         """Refuse strategies that cannot answer several prompts at once."""
-        kinds = {name: STRATEGIES[name] for name in self.generation_strategy if name in STRATEGIES}
+        kinds = {name: KINDS[name] for name in self.generation_strategy if name in KINDS}
         for name, kind in kinds.items():
             if not kind.takes_batches:
                 raise ValueError(f"--generation_strategy {name} takes one prompt at a time: it needs --batch_size 1.")
@@ -91,7 +95,7 @@ class BenchmarkConfig(GenerationConfig):
             names = ["early_exit"]
         configs = {}
         for name in names:
-            unused = {"exit_layer", "num_speculations"} - set(STRATEGIES[name].uses if name in STRATEGIES else ())
+            unused = {"exit_layer", "num_speculations"} - set(KINDS[name].uses if name in KINDS else ())
             configs[name] = self.generation(generation_strategy=name, **dict.fromkeys(unused))
         return configs
 
@@ -101,7 +105,7 @@ GROUPS = (BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig,
 
 
 @one_sentence_errors()
-def main(probes: Probes = PROBES) -> None:
+def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> None:
     arguments, model_arguments, dataset, config, output = groups = parse(*GROUPS, description=__doc__)
     transformers.utils.logging.set_verbosity_error()
     # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
@@ -115,11 +119,11 @@ def main(probes: Probes = PROBES) -> None:
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
     advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
-    contestants = make_contestants(model, tokenizer, config.of_each_strategy(), advice)
+    contestants = line_up(model, tokenizer, config.of_each_strategy(), advice)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples, num_shortened = fit(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     log = RunLog(Path(output.output_dir), "benchmark")
-    benchmark = Benchmark(contestants, examples, log, arguments.batch_size, probes)
+    benchmark = Benchmark(contestants, examples, log, arguments.batch_size, probes, pass_costs)
     note = partial(Console(stderr=True, quiet=not is_main).print, highlight=False, soft_wrap=True)
     if num_shortened:
         note(f"{num_shortened} of {len(examples)} prompts were shortened to {limit.most} tokens.")

@@ -17,10 +17,11 @@ from rich.console import Console
 from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
 from self_speculation.commands.interactive import InterruptKey, KeyCheckingStreamer, read_prompts
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
-from self_speculation.loading import ModelArguments, Recommendation, fill_in, load, make_strategy, read_recommendation
-from self_speculation.measuring.strategies import STRATEGIES
+from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
+from self_speculation.measuring.rivals import RIVALS
 from self_speculation.settings import Settings, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
+from self_speculation.strategies import fill_in, make_strategy
 
 # How long a draft stays on the terminal, so that an eye can see it; no measured time includes it.
 DRAFT_SECONDS = 0.02
@@ -130,8 +131,8 @@ def main() -> None:
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
     advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
-    config = fill_in(config, advice, STRATEGIES)
-    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, STRATEGIES))
+    config = fill_in(config, advice, RIVALS)
+    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, RIVALS))
     note(describe(config, advice), style="dim")
     streamer = arguments.make_streamer()
     for prompt in arguments.prompts():

@@ -46,8 +46,9 @@ from self_speculation.harness.model_args import read_model_args, take
 from self_speculation.harness.processes import num_processes, process_device
 from self_speculation.harness.scored_requests import Request, batches, share_texts
 from self_speculation.harness.speed_figures import SpeedFigures
-from self_speculation.loading import ModelArguments, fill_in, load, make_strategy, read_recommendation
-from self_speculation.measuring.strategies import STRATEGIES
+from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.measuring.rivals import RIVALS
+from self_speculation.strategies import fill_in, make_strategy
 
 # Generation arguments of a task that we have no use for, with the only value of each that changes nothing.
 NEUTRAL_ARGUMENTS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
@@ -70,7 +71,7 @@ class LayerSkipLM(HFLM):
         self.pretrained = pretrained.name_or_path
         if config.exit_layer is not None:
             check_exit_layer(config.exit_layer, pretrained)
-        strategy = make_strategy(pretrained, config, STRATEGIES)
+        strategy = make_strategy(pretrained, config, RIVALS)
         self.generation = config
         self.generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
         self.baseline: HuggingfaceLlamaGenerator | None = None
@@ -91,7 +92,7 @@ class LayerSkipLM(HFLM):
         """The model on this process's device; what `config` leaves open is as the checkpoint recommends."""
         model, tokenizer = load(replace(model_arguments, device=process_device(model_arguments.device)))
         advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
-        return cls(model, tokenizer, fill_in(config, advice, STRATEGIES), **options)
+        return cls(model, tokenizer, fill_in(config, advice, RIVALS), **options)
 
     @classmethod
     def create_from_arg_obj(

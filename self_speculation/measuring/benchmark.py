@@ -6,7 +6,7 @@ lines count.
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate import PartialState
@@ -16,8 +16,9 @@ from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.code_execution import completion, network_isolation, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
-from self_speculation.measuring.figures import Comparison, Counts
+from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
 from self_speculation.measuring.measurements import Measurement, Round
+from self_speculation.measuring.passes import TimePasses, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
@@ -33,43 +34,6 @@ PASS_CALLS = 16
 Scorer = Callable[[list[str], list[Example]], dict[str, float]]
 
 
-@dataclass(frozen=True)
-class StrategyFigures:
-    """All that is known of a strategy. None where it does not apply, and then absent in files.
-
-    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow.
-    """
-
-    comparison: Comparison
-    speedup_over: str
-    exit_layer: int | None
-    num_speculations: int | None
-    peak_memory_bytes: int
-    bandwidth_share: float | None = None
-    ideal_decode_speedup: float | None = None
-    scores: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def share_of_ideal(self) -> float | None:
-        """How much of the ideal was reached."""
-        ideal = self.ideal_decode_speedup
-        return None if ideal is None else self.comparison.speedup.decode_speedup / ideal
-
-    def as_json(self) -> dict[str, Any]:
-        """One flat object."""
-        ideal = {"ideal_decode_speedup": self.ideal_decode_speedup, "share_of_ideal": self.share_of_ideal}
-        return (
-            self.comparison.totals.as_json()
-            | {"peak_memory_bytes": self.peak_memory_bytes}
-            | ({} if self.bandwidth_share is None else {"bandwidth_share": self.bandwidth_share})
-            | {"speedup_over": self.speedup_over}
-            | self.comparison.speedup.as_json()
-            | {"exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
-            | self.scores
-            | ({} if self.ideal_decode_speedup is None else ideal)
-        )
-
-
 @dataclass
 class Benchmark:
     """The contestants, their prompts, and the log of what has been measured; samples are answered in order."""
@@ -79,6 +43,7 @@ class Benchmark:
     log: RunLog
     batch_size: int = 1
     probes: Probes = PROBES
+    pass_costs: TimePasses = measure_passes
 
     def __post_init__(self) -> None:
         self.ranks = PartialState()
@@ -172,7 +137,7 @@ class Benchmark:
         num_layers, cell = self.model.config.num_hidden_layers, Cell(config.exit_layer, config.num_speculations)
         request = generator.request(prompts, config)
         cells = [cell, Cell(num_layers, 0)]
-        costs = self.probes.pass_costs(self.model, request, cells, PASS_ROUNDS, PASS_CALLS)
+        costs = self.pass_costs(self.model, request, cells, PASS_ROUNDS, PASS_CALLS)
         return ideal_speedup(rounds["self_speculative"][0], plain, costs, cell, num_layers) or None
 
     def _todo(self, repeats: int) -> list[tuple[int, range]]:

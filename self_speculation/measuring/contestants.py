@@ -5,16 +5,13 @@ import gc
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator, check_exit_layer
-from self_speculation.loading import Recommendation, fill_in, make_strategy
+from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import PROBES, Probes
-from self_speculation.measuring.strategies import STRATEGIES
 
 Name = TypeVar("Name")
 
@@ -27,11 +24,6 @@ class Contestant:
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
-
-    @classmethod
-    def of(cls, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> Self:
-        """The strategy that the config names."""
-        return cls(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, STRATEGIES)), config)
 
     @property
     def num_layers(self) -> int:
@@ -78,27 +70,6 @@ class Contestant:
         finally:
             handle.remove()
         return peak
-
-
-def make_contestants(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    configs: Mapping[Name, GenerationConfig],
-    advice: Recommendation,
-    kind: type[Contestant] = Contestant,
-) -> dict[Name, Contestant]:
-    """Every config's strategy, with the exit layer and draft length that were given, or else recommended.
-
-    Raises:
-        ValueError: there is no such strategy, or the model has no such exit layer.
-    """
-    contestants = {}
-    for name, config in configs.items():
-        filled = fill_in(config, advice, STRATEGIES)
-        contestants[name] = kind.of(model, tokenizer, filled)
-        if filled.exit_layer is not None:
-            check_exit_layer(filled.exit_layer, model)
-    return contestants
 
 
 def interleaved(

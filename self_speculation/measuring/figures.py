@@ -6,7 +6,7 @@ which result files have it; where a figure does not apply, it is None here and a
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from self_speculation.measuring.measurements import Measurement, Round, ratio
@@ -211,3 +211,40 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+@dataclass(frozen=True)
+class StrategyFigures:
+    """All that is known of a strategy. None where it does not apply, and then absent in files.
+
+    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow.
+    """
+
+    comparison: Comparison
+    speedup_over: str
+    exit_layer: int | None
+    num_speculations: int | None
+    peak_memory_bytes: int
+    bandwidth_share: float | None = None
+    ideal_decode_speedup: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def share_of_ideal(self) -> float | None:
+        """How much of the ideal was reached."""
+        ideal = self.ideal_decode_speedup
+        return None if ideal is None else self.comparison.speedup.decode_speedup / ideal
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object."""
+        ideal = {"ideal_decode_speedup": self.ideal_decode_speedup, "share_of_ideal": self.share_of_ideal}
+        return (
+            self.comparison.totals.as_json()
+            | {"peak_memory_bytes": self.peak_memory_bytes}
+            | ({} if self.bandwidth_share is None else {"bandwidth_share": self.bandwidth_share})
+            | {"speedup_over": self.speedup_over}
+            | self.comparison.speedup.as_json()
+            | {"exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
+            | self.scores
+            | ({} if self.ideal_decode_speedup is None else ideal)
+        )

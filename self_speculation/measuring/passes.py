@@ -39,6 +39,10 @@ class PassCosts:
         return steps * self.verification[cell] + (drafted * self.draft[cell.exit_layer] if drafted else 0)
 
 
+# What times passes: `measure_passes`, or a stand-in.
+TimePasses = Callable[..., PassCosts]
+
+
 @torch.inference_mode()
 def measure_passes(
     model: LlamaForCausalLM,

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load, make_strategy
+from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.prediction import Prediction, predict, profile
+from self_speculation.strategies import make_strategy
 
 MAX_EXITS = 12
 MAX_SPECULATIONS = 8

@@ -9,7 +9,7 @@ Shapes: B batch, T positions of this call.
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -339,3 +339,10 @@ def _sampling_options(config: GenerationConfig) -> dict[str, Any]:
     if not config.sample:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+
+
+RIVALS: Mapping[str, type[GenerationStrategy]] = {
+    "hf_generate": HuggingfaceStrategy,
+    "hf_early_exit": HuggingfaceEarlyExitStrategy,
+    "hf_static": HuggingfaceStaticStrategy,
+}

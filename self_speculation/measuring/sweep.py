@@ -16,6 +16,7 @@ from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Totals
+from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
 from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
@@ -157,7 +158,7 @@ class Sweep:
     def contestant(self, cell: Cell | None) -> Contestant:
         """A cell's strategy."""
         settings = {"generation_strategy": AUTOREGRESSIVE} if cell is None else cell._asdict()
-        return Contestant.of(self.model, self.tokenizer, dataclasses.replace(self.config, **settings))
+        return make_contestant(self.model, self.tokenizer, dataclasses.replace(self.config, **settings))
 
     def grid(self, cells: Sequence[Cell], log: RunLog) -> Grid:
         """Every cell over all prompts, the baseline's first; those in the log are not measured again."""

@@ -1,7 +1,6 @@
 """The benchmark: its documents, and runs that were killed."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -41,7 +40,7 @@ COUNTS = (
     "mean_tokens_per_step",
     "acceptance_by_position",
 )
-TEXT = ("rouge1", "rouge2", "rouge3", "rougeL", "bleu", "exact_match", "edit_distance")
+TEXT = ("rouge1", "rouge2", "rouge3", "rougeL", "exact_match", "edit_distance", "bleu")
 TIMES = (
     "tokens_per_second",
     "decode_tokens_per_second",
@@ -54,8 +53,8 @@ TIMES = (
 )
 
 
-# The memory's bandwidth and use, as if measured.
-QUICK = Probes(bytes_per_second=lambda device: 1e10, live_bytes=lambda: 12345)
+# The memory and its use, as if measured; the weights do not fit the cache.
+QUICK = Probes(lambda device: 1e10, cache_bytes=lambda device: 1000, live_bytes=lambda: 12345)
 quick_main = partial(benchmark.main, QUICK)
 
 
@@ -98,10 +97,34 @@ def unchanging(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {key: values[key] for key in (*COUNTS, *TEXT)} for name, values in figures.items()}
 
 
+def keys_of(strategy: str) -> tuple[str, ...]:
+    """What files of results have held of a strategy since the first of them, in this order."""
+    times = TIMES if strategy.startswith("hf_") else (*TIMES, "mean_prefill_seconds")
+    return (
+        *(key for name in times for key in (name, f"{name}_spread")),
+        *COUNTS,
+        "peak_memory_bytes",
+        "bandwidth_share",
+        "speedup_over",
+        "speedup",
+        "speedup_spread",
+        "decode_speedup",
+        "sample_speedup_median",
+        "sample_speedup_spread",
+        "exit_layer",
+        "num_speculations",
+        *TEXT,
+        *(("ideal_decode_speedup", "share_of_ideal") if strategy == "self_speculative" else ()),
+    )
+
+
 def test_all_strategies(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     figures = run_benchmark("--generation_strategy", *STRATEGIES, "--repeats", 2, "--num_speculations", 3)
     document = json.loads((tmp_path / "logs" / "benchmark.json").read_text())
     lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")
+    assert {name: tuple(values) for name, values in figures.items()} == {name: keys_of(name) for name in STRATEGIES}
+    assert list(lines[0]) == ["repeat", "sample", "prompt_tokens", "prompt", "response", "strategies"]
+    assert list(document["ceiling"]) == ["bytes_per_second", "weights", "cache_bytes"]
     assert list(document) == ["surroundings", "ceiling", "strategies", "arguments", "prompts"]
     assert rounded(document["strategies"]) == figures
     assert document["prompts"] == {"samples": 4, "shortened": 0, "most_tokens": 248}
@@ -145,7 +168,7 @@ def test_the_share_of_the_ideal(batch_size: int, run_benchmark: Callable[..., di
         asked.append((list(map(len, request.prompts)), cells))
         return PassCosts({2: 2.0}, {(2, 3): 5.0, (6, 0): 4.0})
 
-    main = partial(benchmark.main, dataclasses.replace(QUICK, pass_costs=measure))
+    main = partial(benchmark.main, QUICK, measure)
     flags = ["--random_shuffle", "False", "--num_speculations", 3, "--batch_size", batch_size, "--score_text", "False"]
     figures = run_benchmark("--generation_strategy", "autoregressive", "self_speculative", *flags, main=main)
     lines = lines_of(tmp_path / "logs" / "benchmark.jsonl")

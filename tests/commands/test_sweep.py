@@ -39,6 +39,10 @@ SHORT = ("--sample", "False", "--max_steps", 8, "--finalists", 1, "--repeats", 1
 SMALL_GRID = ("--exit_layer_last", 3, "--num_speculations_last", 2)
 SMALL_CELLS = [Cell(exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in (1, 2)]
 
+# What the document has held since the first of them, in this order.
+FINDINGS = ["best", "choices", "seconds", "final", "grid", "predicted"]
+GRID_ROW = ["cell", "tokens_per_second", "tokens_per_second_spread", "wall_seconds"]
+SPEEDUP = ["speedup", "speedup_spread", "decode_speedup", "sample_speedup_median", "sample_speedup_spread"]
 # The same without the script.
 GREEDY = GenerationConfig(generation_strategy="self_speculative", sample=False, max_new_tokens=8)
 BRIEF = SearchPlan("grid", finalists=1, repeats=1, profile_samples=4, duel_repeats=1)
@@ -149,6 +153,11 @@ def test_grid_measures_every_cell_and_ends_with_a_command_that_runs(
     assert len(set(rates)) > 5
 
     found = document(logs)
+    assert list(found) == ["arguments", "surroundings", *FINDINGS]
+    assert [list(found["grid"][0])[index] for index in (0, 1, 2, -1)] == GRID_ROW
+    assert list(found["best"])[:2] == ["exit_layer", "num_speculations"]
+    assert list(found["best"])[2:] == list(found["final"][0])[1:]
+    assert list(found["final"][0])[-5:] == SPEEDUP
     assert [tuple(row["cell"] or ()) for row in found["grid"]] == [(), *cells_of(rows)]
     assert found["choices"].keys() == found["seconds"].keys() == {"grid"}
     fastest = max(found["grid"][1:], key=lambda row: row["tokens_per_second"])

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.ceiling import Ceiling, Memory, WeightBytes, bandwidth_share, ideal_speedup
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.contestants import Contestant
+from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Batch, Measurement, Round
 from self_speculation.measuring.passes import PassCosts
 
@@ -52,7 +52,7 @@ def test_a_share_counts_the_layers_that_choose_the_strategy_s_tokens(
     config = GenerationConfig(generation_strategy=strategy, exit_layer=2, num_speculations=3)
     if strategy == "autoregressive":
         config = GenerationConfig(generation_strategy=strategy)
-    contestant, weights = Contestant.of(model, tokenizer, config), WeightBytes.of(model)
+    contestant, weights = make_contestant(model, tokenizer, config), WeightBytes.of(model)
     num_bytes = weights.read(Batch([PLAIN]), config, num_layers)
     share = Ceiling(Memory(1e6, 1000), weights).share([Round([PLAIN])], contestant)
     assert share == pytest.approx(num_bytes / PLAIN.decode_seconds / 1e6)

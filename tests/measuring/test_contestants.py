@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import Recommendation
-from self_speculation.measuring.contestants import Contestant, interleaved, make_contestants
+from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.line_up import line_up, make_contestant
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import Probes
 from self_speculation.measuring.surroundings import live_tensor_bytes
@@ -20,7 +21,7 @@ STRATEGIES = ("early_exit", "self_speculative", "hf_generate", "hf_early_exit")
 def contestants_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, Contestant]:
     config = GenerationConfig(max_new_tokens=8, sample=False, exit_layer=2, num_speculations=2)
     configs = {name: dataclasses.replace(config, generation_strategy=name) for name in STRATEGIES}
-    return {name: Contestant.of(model, tokenizer, config) for name, config in configs.items()}
+    return {name: make_contestant(model, tokenizer, config) for name, config in configs.items()}
 
 
 def test_peak_memory_is_little_more_than_the_weights(
@@ -80,7 +81,7 @@ def test_a_strategy_declares_whether_it_warms_up_whole(
 
 def test_what_was_not_given_is_recommended(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     configs = {name: GenerationConfig(generation_strategy=name) for name in ("autoregressive", *STRATEGIES)}
-    found = make_contestants(model, tokenizer, configs, Recommendation(3, 5, "a test"))
+    found = line_up(model, tokenizer, configs, Recommendation(3, 5, "a test"))
     assert {name: (one.config.exit_layer, one.config.num_speculations) for name, one in found.items()} == {
         "autoregressive": (None, None),
         "early_exit": (3, None),
@@ -89,4 +90,4 @@ def test_what_was_not_given_is_recommended(model: LlamaForCausalLM, tokenizer: P
         "hf_early_exit": (3, 5),
     }
     with pytest.raises(ValueError, match="--exit_layer must lie between 1 and 6"):
-        make_contestants(model, tokenizer, configs, Recommendation(7, 5, "a test"))
+        line_up(model, tokenizer, configs, Recommendation(7, 5, "a test"))

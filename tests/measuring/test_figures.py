@@ -215,6 +215,26 @@ def test_totals_are_read_back_as_they_were_written(answers: list[Measurement]) -
     assert Totals.from_json(written) == totals
 
 
+# What files of results have held since the first of them, in this order.
+FILE_KEYS = (
+    *(key for name in (*TIMES, "mean_prefill_seconds") for key in (name, f"{name}_spread")),
+    *COUNTS,
+    "speedup",
+    "speedup_spread",
+    "decode_speedup",
+    "sample_speedup_median",
+    "sample_speedup_spread",
+)
+
+
+def test_files_of_results_keep_their_keys() -> None:
+    found = Comparison.of([Round([LONG])], [Round([PLAIN])]).as_json()
+    assert tuple(found) == FILE_KEYS
+    lists = [key for key, value in found.items() if isinstance(value, list)]
+    assert lists == [key for key in FILE_KEYS if key.endswith("_spread") or key == "acceptance_by_position"]
+    assert json.loads(json.dumps(found)) == found
+
+
 def test_totals_and_speed_up_stand_side_by_side() -> None:
     own, baseline = [Round([LONG])], [Round([PLAIN])]
     found = Comparison.of(own, baseline).as_json()

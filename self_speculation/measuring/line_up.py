@@ -1,0 +1,45 @@
+"""From settings to contestants: each strategy, ours or a rival's, with what it needs filled in."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator, check_exit_layer
+from self_speculation.loading import Recommendation
+from self_speculation.measuring.contestants import Contestant
+from self_speculation.measuring.rivals import RIVALS
+from self_speculation.strategies import fill_in, make_strategy
+
+Name = TypeVar("Name")
+
+
+def make_contestant(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    kind: type[Contestant] = Contestant,
+) -> Contestant:
+    """The strategy that the config names, as it stands."""
+    return kind(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, RIVALS)), config)
+
+
+def line_up(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    configs: Mapping[Name, GenerationConfig],
+    advice: Recommendation,
+    kind: type[Contestant] = Contestant,
+) -> dict[Name, Contestant]:
+    """Every config's strategy, with the exit layer and draft length that were given, or else recommended.
+
+    Raises:
+        ValueError: there is no such strategy, or the model has no such exit layer.
+    """
+    contestants = {}
+    for name, config in configs.items():
+        filled = fill_in(config, advice, RIVALS)
+        contestants[name] = make_contestant(model, tokenizer, filled, kind)
+        if filled.exit_layer is not None:
+            check_exit_layer(filled.exit_layer, model)
+    return contestants
