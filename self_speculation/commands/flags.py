@@ -80,7 +80,8 @@ class _Parser(HfArgumentParser):
         types = get_type_hints(dtype)
         for field in fields(dtype):
             if field.init:
-                self._parse_dataclass_field(group, _as_flag(field, types[field.name]))
+                # Annotated with a parser, of which it calls `add_argument` only.
+                self._parse_dataclass_field(group, _as_flag(field, types[field.name]))  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         fail(message)
