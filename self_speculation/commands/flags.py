@@ -80,8 +80,7 @@ class _Parser(HfArgumentParser):
         types = get_type_hints(dtype)
         for field in fields(dtype):
             if field.init:
-                # Annotated with a parser, of which it calls `add_argument` only.
-                self._parse_dataclass_field(group, _as_flag(field, types[field.name]))  # type: ignore[arg-type]
+                self._parse_dataclass_field(group, _as_flag(field, types[field.name]))
 
     def error(self, message: str) -> NoReturn:
         fail(message)
