@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
@@ -179,7 +179,7 @@ class HuggingfaceLlamaGenerator:
             end_ids=frozenset(token for ids in end_ids for token in ids if token is not None),
             stop_token_ids=frozenset(config.stop_token_ids or ()),
             stop_words=tuple(config.stop_words or ()),
-            decode=lambda tokens: self.tokenizer.decode(tokens, skip_special_tokens=True),
+            decode=self._decode,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -237,6 +237,10 @@ class HuggingfaceLlamaGenerator:
         if streamer is not None:
             streamer.end()
         return results
+
+    def _decode(self, tokens: list[int]) -> str:
+        """The text of one answer; the tokenizer's annotation has that of several, too."""
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _timed_steps(self, request: GenerationRequest) -> Iterator[tuple[GenerationStep, float]]:
         """Steps with the seconds that each took, without what clients do between them."""

@@ -70,7 +70,8 @@ class BenchmarkArguments(Settings):
 class BenchmarkConfig(GenerationConfig):
     """How to decode: the flags of generation, for one or several strategies."""
 
-    generation_strategy: list[str] = setting(
+    # Several, where the base has one: `of_each_strategy` makes configs with one each.
+    generation_strategy: list[str] = setting(  # type: ignore[assignment]
         default_factory=lambda: ["autoregressive"],
         help="One or several of autoregressive, early_exit, self_speculative, and transformers' own "
         "hf_generate, hf_static (with a static cache, compiled) and hf_early_exit (with assistant_early_exit).",

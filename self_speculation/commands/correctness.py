@@ -33,8 +33,11 @@ class CorrectnessConfig(GenerationConfig):
 
     sample: bool = setting(False, help="Must be False: samples agree in distribution only.")
     generation_strategy: str = setting("self_speculative", help="Accepted, and always self_speculative.")
-    exit_layer: str | None = setting(None, help="One, a list or a range with both ends: 4 or 1,2,4 or 1:11.")
-    num_speculations: str | None = setting(None, help="Likewise.")
+    # As flags they are text; from `__post_init__` on the base's numbers, None, and the grid is in two lists.
+    exit_layer: str | None = setting(  # type: ignore[assignment]
+        None, help="One, a list or a range with both ends: 4 or 1,2,4 or 1:11."
+    )
+    num_speculations: str | None = setting(None, help="Likewise.")  # type: ignore[assignment]
     batch_size: int = setting(1, help="Prompts decoded together.", at_least=1)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
-from self_speculation.commands.training_sets import Sizes, training_sets
+from self_speculation.commands.training_sets import Sizes, TrainingSets, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
 from self_speculation.measuring.recommendation import recommend
@@ -23,8 +23,8 @@ from self_speculation.settings import Settings, setting
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import checkpoint_to_resume
 from self_speculation.training.models import TrainedModelArguments, model_to_train
-from self_speculation.training.packing import PackedTexts, Packing, StreamedTexts
-from self_speculation.training.responses import Responses, collate
+from self_speculation.training.packing import Packing, StreamedTexts
+from self_speculation.training.responses import collate
 from self_speculation.training.trainer import LayerSkipTrainer
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
@@ -54,7 +54,7 @@ def only_evaluates(training: TrainingArguments) -> bool:
 
 def make_trainer(
     model: LlamaForCausalLM,
-    datasets: tuple[PackedTexts | StreamedTexts | Responses, PackedTexts | Responses],
+    datasets: TrainingSets,
     layerskip: LayerSkipArguments,
     training: TrainingArguments,
 ) -> LayerSkipTrainer:
@@ -70,28 +70,29 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: LayerSkipTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+def train(trainer: LayerSkipTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Train, from the beginning or from a checkpoint."""
     # At once, so that a run that is stopped leaves all that its checkpoints need.
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(trainer.args.output_dir)
+        tokenizer.save_pretrained(folder)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
 
 
-def report(trainer: LayerSkipTrainer, metrics: dict[str, float]) -> str:
+def report(metrics: dict[str, float], num_layers: int, folder: Path) -> str:
     """Write and print how good the exits are; returns them in a line."""
-    table = exit_table(metrics, trainer.model.config.num_hidden_layers, prefix="eval_")
-    save_exits(table, Path(trainer.args.output_dir))
+    table = exit_table(metrics, num_layers, prefix="eval_")
+    save_exits(table, folder)
     print(table.to_string(index=False, float_format="{:.3f}".format))
     return exit_summary(table)
 
 
-def recommended(run: RunArguments, trainer: LayerSkipTrainer) -> str:
+def recommended(
+    run: RunArguments, datasets: TrainingSets, exits: tuple[int, ...], vocab_size: int, folder: Path
+) -> str:
     """Write what decoding will need beside the weights; returns the exit layer and draft length, if any were chosen."""
-    folder = Path(trainer.args.output_dir)
-    save_counts(trainer.train_dataset.token_counts(trainer.model.config.vocab_size), folder)
-    prompts = trainer.eval_dataset.prompts(run.recommend_samples)
-    exits = trainer.layerskip.exits(trainer.model.config.num_hidden_layers)
+    blocks, held_out = datasets
+    save_counts(blocks.token_counts(vocab_size), folder)
+    prompts = held_out.prompts(run.recommend_samples)
     best = recommend(folder, prompts, run.recommend_tokens, exits) if prompts else None
     return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended" if best else ""
 
@@ -114,15 +115,17 @@ def main() -> None:
         sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
         datasets = training_sets(source, tokenizer, sizes)
     trainer = make_trainer(model, datasets, layerskip, training)
-    trains = not only_evaluates(training)
+    folder, trains = Path(training.output_dir), not only_evaluates(training)
     if trains:
-        train(trainer, tokenizer)
+        train(trainer, tokenizer, folder)
     metrics = trainer.evaluate()
     if trains:
         trainer.save_trained()
     if trainer.is_world_process_zero():
-        summary = report(trainer, metrics)
-        summary += recommended(run, trainer) if trains else ""
+        num_layers = model.config.num_hidden_layers
+        summary = report(metrics, num_layers, folder)
+        if trains:
+            summary += recommended(run, datasets, layerskip.exits(num_layers), model.config.vocab_size, folder)
         print(f"{summary}; saved in {training.output_dir}.")
 
 

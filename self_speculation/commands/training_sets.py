@@ -10,6 +10,9 @@ from self_speculation.prompts.sources import Examples, Stream, Texts
 from self_speculation.training.packing import PackedTexts, Packing, StreamedTexts
 from self_speculation.training.responses import Responses
 
+# The sequences to train on, and those to evaluate on.
+TrainingSets = tuple[PackedTexts | StreamedTexts | Responses, PackedTexts | Responses]
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -20,13 +23,12 @@ class Sizes:
     packing: Packing
 
 
-def training_sets(
-    source: Texts | Stream | Examples, tokenizer: PreTrainedTokenizerBase, sizes: Sizes
-) -> tuple[PackedTexts | StreamedTexts | Responses, PackedTexts | Responses]:
+def training_sets(source: Texts | Stream | Examples, tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> TrainingSets:
     """The sequences to train on, and those to evaluate on."""
     if isinstance(source, Examples):
         held_out = source.held_out[: sizes.eval_blocks]
         return _responses(source.training, tokenizer, sizes), _responses(held_out, tokenizer, sizes)
+    training: PackedTexts | StreamedTexts
     if isinstance(source, Stream):
         training = StreamedTexts(source.training, tokenizer, sizes.block_size, sizes.packing.separate)
     else:

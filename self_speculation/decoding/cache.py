@@ -74,13 +74,15 @@ class PositionAddressedCache:
         mask_B1TW = None if is_causal else self.positions_W <= positions_BT[:, None, :, None]
         return CacheAccess(self, rows_B1, positions_BT, mask_B1TW)
 
-    def allocate(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for a layer whose keys and values look like these (B, H, T, K), if it has none yet."""
-        if self.keys[layer] is None:
+    def buffers(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values; made now, to hold what looks like these (B, H, T, K), if it has none yet."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
             batch_size, num_heads, _, head_dim = key_states.shape
             shape = (batch_size, num_heads, self.capacity, head_dim)
-            self.keys[layer] = key_states.new_zeros(shape)
-            self.values[layer] = value_states.new_zeros(shape)
+            self.keys[layer] = keys = key_states.new_zeros(shape)
+            self.values[layer] = values = value_states.new_zeros(shape)
+        return keys, values
 
     def keep(self, index_B: Tensor) -> None:
         """Go on with these rows only."""
@@ -104,9 +106,8 @@ class CacheAccess:
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, T, K) at the positions; returns the visible prefix (B, H, W, K)."""
-        self.cache.allocate(layer_idx, key_states, value_states)
-        keys = self._write(self.cache.keys[layer_idx], key_states)
-        values = self._write(self.cache.values[layer_idx], value_states)
+        keys_BHCK, values_BHCK = self.cache.buffers(layer_idx, key_states, value_states)
+        keys, values = self._write(keys_BHCK, key_states), self._write(values_BHCK, value_states)
         return keys[:, :, : self.cache.visible], values[:, :, : self.cache.visible]
 
     def _write(self, buffer_BHCK: Tensor, states_BHTK: Tensor) -> Tensor:

@@ -38,9 +38,10 @@ class DraftHead:
         head, vocabulary = model.lm_head, model.config.vocab_size
         if num_tokens > vocabulary:
             raise ValueError(f"--draft_vocab must be at most {vocabulary}, the model's vocabulary, not {num_tokens}.")
-        if type(head) is not nn.Linear or head.bias is not None:
+        is_plain = type(head) is nn.Linear and head.bias is None
+        if not is_plain:
             raise ValueError(f"--draft_vocab needs a plain LM head, and this model's is a {type(head).__name__}.")
-        tokens_N = token_order(Path(model.name_or_path), vocabulary)[:num_tokens].sort().values
+        tokens_N = token_order(Path(model.name_or_path or ""), vocabulary)[:num_tokens].sort().values
         tokens_N = tokens_N.to(head.weight.device)
         return cls(head.weight.data[tokens_N], tokens_N, head.weight, weight_version(head.weight))
 

@@ -55,7 +55,7 @@ def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
 
 def token_device(model: LlamaForCausalLM) -> torch.device:
     """Where tokens live: with the embeddings, or on the CPU while those are offloaded."""
-    device = model.get_input_embeddings().weight.device
+    device = model.model.embed_tokens.weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -72,7 +72,8 @@ def run_layers(
         return hidden_BTD
     access = cache.access(positions_BT)
     position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
-    num_groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    num_heads = model.config.num_attention_heads
+    num_groups = num_heads // (model.config.num_key_value_heads or num_heads)
     shared = SharedInputs.of(position_embeddings, access.mask_B1TW, num_groups)
     for layer in layers:
         fused = fused_layer(model.model.layers[layer])

@@ -39,25 +39,25 @@ class KeyValueAccess(Protocol):
 class SharedInputs:
     """What all layers of a pass share: rotary cosines and signed sines (B, T, 1, K), and the mask.
 
-    None at prefill, where attention is causal by itself; else for long calls the visible keys (B, 1, T, W), and for
-    short ones *folded*: added to the scores, (B, 1, G·T, W), for the queries that share a key head stand in one row.
+    `mask_B1TW` has the visible keys; None at prefill, where attention is causal by itself. For short calls it is
+    `folded` too: added to the scores, (B, 1, G·T, W), for the queries that share a key head stand in one row.
     """
 
     cos_BT1K: Tensor
     sin_BT1K: Tensor
-    mask: Tensor | None
-    is_folded: bool
+    mask_B1TW: Tensor | None
+    folded: Tensor | None
 
     @classmethod
     def of(cls, rotary: tuple[Tensor, Tensor], mask_B1TW: Tensor | None, num_groups: int) -> "SharedInputs":
         """From the rotary embedding's cosines and sines (B, T, K) and the mask of visible keys."""
         cos_BTK, sin_BTK = rotary
         first, second = sin_BTK.chunk(2, dim=-1)
-        mask, is_folded = mask_B1TW, mask_B1TW is not None and mask_B1TW.shape[2] <= MOST_FOLDED
-        if is_folded:
+        folded = None
+        if mask_B1TW is not None and mask_B1TW.shape[2] <= MOST_FOLDED:
             hidden = torch.full((), float("-inf"), dtype=cos_BTK.dtype, device=cos_BTK.device)
-            mask = torch.where(mask_B1TW, 0.0, hidden).repeat(1, 1, num_groups, 1)
-        return cls(cos_BTK[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None], mask, is_folded)
+            folded = torch.where(mask_B1TW, 0.0, hidden).repeat(1, 1, num_groups, 1)
+        return cls(cos_BTK[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None], mask_B1TW, folded)
 
     def rotate(self, heads_BTHK: Tensor) -> Tensor:
         """Rotary position embedding: each half of a head is the other's partner."""
@@ -110,14 +110,14 @@ class FusedLayer:
 
     def _attend(self, query_BTHK: Tensor, keys: Tensor, values: Tensor, shared: SharedInputs) -> Tensor:
         """Attention (B, T, H·K); no key is repeated for the queries that share it."""
-        mask = shared.mask
-        if not shared.is_folded:
+        mask = shared.folded
+        if mask is None:
             attended = F.scaled_dot_product_attention(
                 query_BTHK.transpose(1, 2),
                 keys,
                 values,
-                attn_mask=mask,
-                is_causal=mask is None,
+                attn_mask=shared.mask_B1TW,
+                is_causal=shared.mask_B1TW is None,
                 enable_gqa=self.num_groups > 1,
             )
             return attended.transpose(1, 2).flatten(2)
@@ -183,9 +183,11 @@ def _is_plain(layer: nn.Module) -> bool:
         if type(module) not in PLAIN_MODULES or is_changed:
             return False
     weights = dict(layer.named_parameters())
-    dtype = layer.self_attn.q_proj.weight.dtype
-    return dtype.is_floating_point and all(
-        name.endswith("weight") and weight.dtype == dtype and not weight.is_meta for name, weight in weights.items()
+    dtypes = {weight.dtype for weight in weights.values()}
+    return (
+        len(dtypes) == 1
+        and dtypes.pop().is_floating_point
+        and all(name.endswith("weight") and not weight.is_meta for name, weight in weights.items())
     )
 
 

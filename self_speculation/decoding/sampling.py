@@ -38,7 +38,8 @@ def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList
 def probabilities(logits_BTV: Tensor, filters: LogitsProcessorList) -> Tensor:
     """The filtered distribution (B, T, V), in float32."""
     logits_NV = logits_BTV.float().flatten(0, 1)
-    return filters(None, logits_NV).softmax(-1).view_as(logits_BTV)
+    # The filters look at logits alone, though the annotation of a list of processors asks for tokens.
+    return filters(None, logits_NV).softmax(-1).view_as(logits_BTV)  # type: ignore[arg-type]
 
 
 def draw(p_BTV: Tensor, uniform_BT: Tensor) -> Tensor:

@@ -77,12 +77,12 @@ class SamplingRule:
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, Tensor]:
         """A draw from q, with the draft's own noise."""
         q_B1V = probabilities(logits_B1V, self.filters)
-        return draw(q_B1V, noise_B1S[..., DRAFT_STREAM]), q_B1V
+        return draw(q_B1V, _sampled(noise_B1S)[..., DRAFT_STREAM]), q_B1V
 
     def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while u < p/q, then draw from norm(max(0, p − q)); q is zero past each row's draft."""
-        p_BTV = probabilities(logits_BTV, self.filters)
-        q_BTV = torch.cat([*draft.q_B1V, torch.zeros_like(p_BTV[:, :1])], dim=1)
+        noise_BTS, p_BTV = _sampled(noise_BTS), probabilities(logits_BTV, self.filters)
+        q_BTV = torch.cat([*map(_sampled, draft.q_B1V), torch.zeros_like(p_BTV[:, :1])], dim=1)
         q_BTV = q_BTV * _is_drafted(draft.lengths_B, q_BTV.shape[1])[..., None]
         p_Bd, q_Bd = (_at_tokens(x_BTV[:, :-1], draft.tokens_Bd) for x_BTV in (p_BTV, q_BTV))
         accepted_B = accepted_prefix(noise_BTS[:, :-1, ACCEPT_STREAM] * q_Bd < p_Bd, draft.lengths_B)
@@ -102,6 +102,12 @@ def recovered_distribution(p_BTV: Tensor, q_BTV: Tensor) -> Tensor:
     residual_BTV = (p_BTV - q_BTV).clamp(min=0)
     total_BT1 = residual_BTV.sum(-1, keepdim=True)
     return torch.where(total_BT1 > 0, residual_BTV / total_BT1, p_BTV)
+
+
+def _sampled(tensor: Tensor | None) -> Tensor:
+    """Noise, or a draft's q: what rows and drafts have when they are sampled."""
+    assert tensor is not None
+    return tensor
 
 
 def _is_drafted(lengths_B: Tensor, count: int) -> Tensor:

@@ -84,7 +84,8 @@ class EvalConfig(GenerationConfig):
         DEFAULT_MAX_STEPS, help="Most new tokens, for tasks that do not say.", at_least=0, flag="max_steps"
     )
     sample: bool = setting(False, help="Accepted; a task or --gen_kwargs do_sample=True decides.")
-    exit_layer: str | None = setting(
+    # As a flag it is text; from `__post_init__` on it is the base's number.
+    exit_layer: str | None = setting(  # type: ignore[assignment]
         None, help="E: the layers that score or draft; all: score every exit layer in one pass."
     )
 
@@ -94,5 +95,6 @@ class EvalConfig(GenerationConfig):
             raise ValueError("--exit_layer all scores every exit by itself: it takes no --generation_strategy.")
         if self.exit_layer is not None and not self.scores_all_exits and not self.exit_layer.isdecimal():
             raise ValueError(f"--exit_layer must be a number or all, not {self.exit_layer!r}.")
-        self.exit_layer = None if self.exit_layer is None or self.scores_all_exits else int(self.exit_layer)
+        number = None if self.exit_layer is None or self.scores_all_exits else int(self.exit_layer)
+        self.exit_layer = number  # type: ignore[assignment]
         super().__post_init__()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.early_exit import exit_logits, forward_exits
+from self_speculation.decoding.early_exit import exit_logits, forward_exits, token_device
 from self_speculation.decoding.fused_layers import fuse
 
 # The most logits alive at once.
@@ -52,7 +52,7 @@ def score_continuations(
     at once.
     """
     fuse(model)
-    device = model.get_input_embeddings().weight.device
+    device = token_device(model)
     tokens_BT = torch.zeros(len(texts), max(len(text.tokens) for text in texts), dtype=torch.long)
     for row, text in enumerate(texts):
         tokens_BT[row, : len(text.tokens)] = torch.tensor(text.tokens)

@@ -12,7 +12,7 @@ from self_speculation.harness.task_metrics import Results, main_metrics, metrics
 def plot_exits(results: Results, path: Path) -> None:
     """A picture of each task's main metric over the exit layer, with its standard error."""
     shown = main_metrics(results)
-    sides = {True: {}, False: {}}
+    sides: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for name, key in shown.items():
         higher_is_better = results["higher_is_better"][name].get(key.partition(",")[0], True)
         sides[bool(higher_is_better)][name] = key
@@ -33,7 +33,7 @@ def plot_exits(results: Results, path: Path) -> None:
 def _draw(axes: Axes, exits: dict[int, Results], name: str, key: str) -> None:
     layers = sorted(exits)
     found = [next(metric for metric in metrics(exits[layer][name]) if metric.key == key) for layer in layers]
-    values, errors = [metric.value for metric in found], [metric.error or 0.0 for metric in found]
+    values, errors = [float(metric.value) for metric in found], [metric.error or 0.0 for metric in found]
     [line] = axes.plot(layers, values, marker="o", label=name)
     low, high = ([value + sign * error for value, error in zip(values, errors, strict=True)] for sign in (-1, 1))
     axes.fill_between(layers, low, high, color=line.get_color(), alpha=0.15)

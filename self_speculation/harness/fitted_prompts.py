@@ -41,8 +41,9 @@ class FittedPrompts:
         words = word_spans(doc[field]) if field else []
 
         def version(num_shots: int, num_words: int) -> Context:
-            is_whole = num_words == len(words)
-            shorter = doc if is_whole else doc | {field: doc[field][: words[num_words - 1][1]]}
+            shorter = doc
+            if field is not None and num_words != len(words):
+                shorter = doc | {field: doc[field][: words[num_words - 1][1]]}
             return self.build(shorter, num_fewshot=num_shots, **options)
 
         return longest_that_fits(num_fewshot, len(words), version, partial(self._fits, doc))

@@ -18,7 +18,7 @@ from self_speculation.measuring.code_execution import completion, network_isolat
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
 from self_speculation.measuring.measurements import Measurement, Round
-from self_speculation.measuring.passes import TimePasses, measure_passes
+from self_speculation.measuring.passes import TimePasses, Timing, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
@@ -27,8 +27,7 @@ from self_speculation.prompts.example import Example
 # What a speed-up is over: the first of these that was measured.
 BASELINES = ("autoregressive", "hf_generate")
 # More than the defaults: the share of the ideal speed-up is no better than the passes' times.
-PASS_ROUNDS = 9
-PASS_CALLS = 16
+PASS_TIMING = Timing(rounds=9, calls=16)
 
 # Scores of answers, by name, from the answers and their examples.
 Scorer = Callable[[list[str], list[Example]], dict[str, float]]
@@ -129,15 +128,13 @@ class Benchmark:
         if not {"autoregressive", "self_speculative"} <= rounds.keys():
             return None
         contestant, plain = self.contestants["self_speculative"], rounds["autoregressive"][0]
-        generator, config = contestant.generator, contestant.config
         batch = sorted(self.batches, key=lambda batch: sum(map(len, self.prompts_of(batch))))[len(self.batches) // 2]
         answers = [plain.measurements[sample].tokens for sample in batch]
         halves = [answer[: len(answer) // 2] for answer in answers]
         prompts = [prompt + half for prompt, half in zip(self.prompts_of(batch), halves, strict=True)]
-        num_layers, cell = self.model.config.num_hidden_layers, Cell(config.exit_layer, config.num_speculations)
-        request = generator.request(prompts, config)
-        cells = [cell, Cell(num_layers, 0)]
-        costs = self.pass_costs(self.model, request, cells, PASS_ROUNDS, PASS_CALLS)
+        num_layers, cell = self.model.config.num_hidden_layers, contestant.cell
+        request = contestant.generator.request(prompts, contestant.config)
+        costs = self.pass_costs(self.model, request, [cell, Cell(num_layers, 0)], PASS_TIMING)
         return ideal_speedup(rounds["self_speculative"][0], plain, costs, cell, num_layers) or None
 
     def _todo(self, repeats: int) -> list[tuple[int, range]]:

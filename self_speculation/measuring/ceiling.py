@@ -13,7 +13,7 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Batch, Round, ratio
-from self_speculation.measuring.passes import PassCosts
+from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.measuring.probes import PROBES, Probes
 
 

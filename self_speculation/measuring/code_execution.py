@@ -118,7 +118,7 @@ def run(source: str, sandbox: Sandbox = SANDBOX) -> Outcome:
     reader, writer = os.pipe()
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            request = (source, token, writer, in_namespace, _resources(sandbox.limits))
+            request = marshal.dumps((source, token, writer, in_namespace, _resources(sandbox.limits)))
             try:
                 process = _start(sandbox.process_source, request, writer, folder)
             finally:
@@ -151,12 +151,12 @@ def _resources(limits: Limits) -> list[tuple[int, int, int]]:
     return resources + memory
 
 
-def _start(process_source: str, request: tuple[object, ...], writer: int, folder: str) -> subprocess.Popen[bytes]:
+def _start(process_source: str, request: bytes, writer: int, folder: str) -> subprocess.Popen[bytes]:
     """The new process in `folder`, with `request` in its standard input, and holding the pipe end `writer`."""
     environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
     # A file, not a pipe: nobody has to keep writing, and nothing breaks if the process dies early.
     with tempfile.TemporaryFile() as file:
-        file.write(marshal.dumps(request))
+        file.write(request)
         file.seek(0)
         return subprocess.Popen(
             [*PYTHON, f"{process_source}\nmain()"],

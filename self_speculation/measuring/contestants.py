@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import PROBES, Probes
 
@@ -29,6 +30,18 @@ class Contestant:
     def num_layers(self) -> int:
         """How many layers choose its tokens."""
         return self.generator.strategy.num_layers(self.config)
+
+    @property
+    def cell(self) -> Cell:
+        """Its exit layer and draft length.
+
+        Raises:
+            ValueError: one of them is not set.
+        """
+        exit_layer, num_speculations = self.config.exit_layer, self.config.num_speculations
+        if exit_layer is None or num_speculations is None:
+            raise ValueError(f"{self.config.generation_strategy} needs --exit_layer and --num_speculations.")
+        return Cell(exit_layer, num_speculations)
 
     def run(self, prompts: list[list[int]]) -> list[Measurement]:
         """Answer a batch of prompts, all at once."""

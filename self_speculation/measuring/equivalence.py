@@ -34,7 +34,7 @@ class Difference:
     @property
     def is_tie(self) -> bool:
         """Whether rounding explains it."""
-        return self.margin is not None and self.margin <= self.tolerance
+        return self.margin is not None and self.tolerance is not None and self.margin <= self.tolerance
 
     def sentence(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Where two answers differ, in what, and whether rounding explains it."""

@@ -5,7 +5,7 @@ which result files have it; where a figure does not apply, it is None here and a
 """
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -110,10 +110,11 @@ class Totals:
         """Of at least one round; all have the same answers."""
         times = [Times.of(one).as_json() for one in rounds]
         values = {name: [one[name] for one in times] for name in times[0]}
-        chosen = (
-            Times(**{name: choose(own) for name, own in values.items()}) for choose in (statistics.median, min, max)
-        )
-        return cls(*chosen, Counts.of(rounds[0]))
+
+        def chosen(choose: Callable[[list[float]], float]) -> Times:
+            return Times(**{name: choose(own) for name, own in values.items()})
+
+        return cls(chosen(statistics.median), chosen(min), chosen(max), Counts.of(rounds[0]))
 
     def as_json(self) -> dict[str, Any]:
         """Each time, then NAME_spread, then the counts."""

@@ -26,7 +26,7 @@ class GridMap:
 def save_map(grid: GridMap, path: Path) -> None:
     """A heat map: exit layers upwards, draft lengths to the right, the best cell in a red frame."""
     exit_layers, drafts = (sorted(set(axis)) for axis in zip(*grid.values, strict=True))
-    values = np.array([[grid.values.get((e, d), np.nan) for d in drafts] for e in exit_layers])
+    values = np.array([[grid.values.get(Cell(e, d), np.nan) for d in drafts] for e in exit_layers])
     width, height = CELL_INCHES
     figure = Figure(
         figsize=(max(5, width * len(drafts) + 2.5), max(3, height * len(exit_layers) + 1.6)), layout="constrained"

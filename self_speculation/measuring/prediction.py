@@ -27,7 +27,7 @@ from self_speculation.generator_base import (
 )
 from self_speculation.measuring.acceptance import step_counts
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.passes import PassCosts
+from self_speculation.measuring.pass_costs import PassCosts
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class HuggingfaceStrategy(GenerationStrategy):
         watcher = self.watcher(length)
         stop_words = StoppingCriteriaList([StopWords(stop_rule, length)] if stop_rule.stop_words else [])
         with _seed(config, device), _generation_config(self.model, config), watcher.watching(self.model):
-            self.model.generate(
+            self.model.generate(  # type: ignore[misc]  # Llama can generate: transformers' protocol asks for too much.
                 prompts_BT.to(device),
                 attention_mask=mask_BT.to(device),
                 max_new_tokens=max_new,
@@ -143,7 +143,7 @@ class HuggingfaceStaticStrategy(HuggingfaceStrategy):
         super().__init__(model)
         self.compile_config = CompileConfig(backend=backend, mode="reduce-overhead" if _is_on_gpu(model) else "default")
         # Without it transformers compiles for accelerators only.
-        self.compile_config._compile_all_devices = True
+        self.compile_config._compile_all_devices = True  # type: ignore[assignment]  # Unannotated: taken for None.
         # What `generate` leaves on the model for its next call: the compiled step, and its cache's length.
         self.left: dict[str, Any] = {}
 

@@ -191,7 +191,7 @@ class Sweep:
         prompts = tqdm(self.prompts[:num_samples], desc="Looking at answers", unit="answer")
         profiles = [profile(generator, config, prompt, exit_layers) for prompt in prompts]
         middle = self.prompts[0] + profiles[0].result.tokens[: len(profiles[0].result.tokens) // 2]
-        costs = measure_passes(self.model, generator.request([middle], config), list(cells))
+        costs = measure_passes(self.model, generator.request([middle], config), cells)
         return {one.cell: one for one in predict(profiles, cells, costs)}
 
     def final(self, cells: Sequence[Cell], num_samples: int, repeats: int) -> dict[Cell, Comparison]:

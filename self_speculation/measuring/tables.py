@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.figures import Comparison, SpeedUp, StrategyFigures
 
 # A figure as text; None or nothing where there is none.
@@ -65,7 +66,7 @@ def print_figures(figures: dict[str, StrategyFigures], console: Console) -> None
             console.print(f"Acceptance by draft position, {name}: {rates}")
 
 
-def finalist_table(final: dict[tuple[int, int], Comparison]) -> Table:
+def finalist_table(final: dict[Cell, Comparison]) -> Table:
     """The cells that a sweep measured again."""
     columns = ("E", "d", "tokens/s", "decode\ntokens/s", "accepted", "tokens\n/step", "speed-up\n(least–greatest)")
     rows = [

@@ -39,7 +39,8 @@ class TensorMemory(TorchDispatchMode):
             self._known.add(key)
             self.live_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._forget, key, num_bytes).atexit = False
+            forgetting = weakref.finalize(storage, self._forget, key, num_bytes)
+            forgetting.atexit = False  # type: ignore[misc]  # The stub takes this property for a slot.
 
     def _forget(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)

@@ -88,9 +88,14 @@ def response_pairs(
     for example, prompt_length, response_length in zip(examples, prompt_lengths, response_lengths, strict=True):
         room = block_size - response_length
         if prompt_length > room:
-            example = fit_example(example, lambda text, room=room: count_tokens([text])[0] <= room)
+            example = fit_example(example, _within(room, count_tokens))
         pairs.append((example.prompt, example.response))
     return pairs
+
+
+def _within(room: int, count_tokens: Callable[[list[str]], list[int]]) -> Callable[[str], bool]:
+    """Whether a text has at most `room` tokens."""
+    return lambda text: count_tokens([text])[0] <= room
 
 
 def shorten(examples: list[Example], count_tokens: Callable[[str], int], limit: PromptLimit) -> list[Example]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from self_speculation.prompts.arguments import DatasetArguments, TextArguments
+from self_speculation.prompts.arguments import DatasetArguments, DatasetName, TextArguments
 from self_speculation.prompts.example import Example
 from self_speculation.prompts.formats import DATASETS
 from self_speculation.prompts.splits import Rows, prompt_rows, shot_rows, training_rows
@@ -79,7 +79,7 @@ class Examples:
 def read_source(arguments: TextArguments, seed: int) -> Texts | Stream | Examples:
     """What the flags name, split into training and held-out; shuffled by `seed` where it is prompts or a stream."""
     if arguments.dataset:
-        return _read_task(arguments, seed)
+        return _read_task(arguments, arguments.dataset, seed)
     if not arguments.hub_dataset:
         return Texts(*split_held_out(read_texts(arguments), arguments.held_out, arguments.split_seed))
     rows = hub_rows(arguments)
@@ -91,10 +91,10 @@ def read_source(arguments: TextArguments, seed: int) -> Texts | Stream | Example
     return Stream(lambda: row_texts(training, arguments), held_out)
 
 
-def _read_task(arguments: TextArguments, seed: int) -> Examples:
+def _read_task(arguments: TextArguments, dataset: DatasetName, seed: int) -> Examples:
     """All examples of the training split, in a seed's order; held out are those of a split for it, or the first."""
     own = DatasetArguments(
-        dataset=arguments.dataset,
+        dataset=dataset,
         data_path=next(iter(arguments.data_path), None),
         prompt_field=arguments.prompt_field,
         response_field=arguments.response_field,
@@ -104,7 +104,7 @@ def _read_task(arguments: TextArguments, seed: int) -> Examples:
         count = max(1, round(arguments.held_out * len(training)))
         training, held_out = training[count:], training[:count]
     if not training:
-        raise ValueError(f"--dataset {arguments.dataset}: there are too few rows to train on and to hold some out.")
+        raise ValueError(f"--dataset {dataset}: there are too few rows to train on and to hold some out.")
     return Examples(training, held_out)
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,10 +20,15 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if value is None or value.lower() == "false":
         return None
     if value.lower() == "true":
-        return get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        return get_last_checkpoint(training.output_dir) if _output_dir(training).is_dir() else None
     if not Path(value, TRAINER_STATE_NAME).is_file():
         raise ValueError(f"--resume_from_checkpoint: {value} is not the folder of a checkpoint.")
     return value
+
+
+def _output_dir(training: TrainingArguments) -> Path:
+    """`--output_dir`, to which transformers gives a name where the user gives none."""
+    return Path(cast(str, training.output_dir))
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -33,12 +38,18 @@ class WholeCheckpointTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.is_saving = False
 
+    @property
+    def llama(self) -> LlamaForCausalLM:
+        """The model; transformers' own annotation allows any, and none."""
+        return cast(LlamaForCausalLM, self.model)
+
     def save_trained(self) -> None:
         """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes."""
         model = self.whole_model()
         if model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
-            model.to(torch.bfloat16).save_pretrained(self.args.output_dir)
+            model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
+            model.save_pretrained(_output_dir(self.args))
 
     def whole_model(self) -> LlamaForCausalLM | None:
         """On the first process, the model with all its weights, which FSDP has spread; all processes must call this."""
@@ -46,8 +57,8 @@ class WholeCheckpointTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         if state_dict is None:
-            return self.model
-        whole = LlamaForCausalLM(self.model.config)
+            return self.llama
+        whole = LlamaForCausalLM(self.llama.config)
         whole.load_state_dict(state_dict)
         return whole
 
@@ -69,7 +80,7 @@ class WholeCheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.is_saving = False
-        output_dir = Path(self.args.output_dir)
+        output_dir = _output_dir(self.args)
         if self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(output_dir / Path(self.state.best_model_checkpoint).name)
         self.accelerator.wait_for_everyone()

@@ -123,7 +123,7 @@ class LayerDropout:
         return torch.lerp(hidden_BTD, out_BTD, 1 / (1 - rate)) if self.rescale and rate else out_BTD
 
 
-def _zero_through(layer: nn.Module) -> Tensor:
+def _zero_through(layer: nn.Module) -> Tensor | int:
     """A zero that depends on every parameter, so that DDP finds a gradient where the whole batch is dropped."""
     return sum(parameter.sum() * 0.0 for parameter in layer.parameters())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -42,14 +43,14 @@ class TrainedModelArguments(Settings):
 
     def new_config(self, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
         """The configuration of a new model; of the given sizes, with one matrix as input and output embeddings."""
-        own = {
+        own: dict[str, Any] = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": None,
         }
         if self.config:
-            return self._read_config(own)
+            return _read_config(self.config, own)
         return LlamaConfig(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -60,12 +61,6 @@ class TrainedModelArguments(Settings):
             tie_word_embeddings=True,
             **own,
         )
-
-    def _read_config(self, own: dict[str, int | None]) -> LlamaConfig:
-        try:
-            return LlamaConfig.from_pretrained(self.config, **own)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--config: {self.config} is not a Llama's configuration.") from error
 
 
 def model_to_train(
@@ -83,6 +78,14 @@ def model_to_train(
     if arguments.block_size > model.config.max_position_embeddings:
         raise ValueError(f"--block_size must be at most the model's {model.config.max_position_embeddings} positions.")
     return model, tokenizer
+
+
+def _read_config(source: str, own: dict[str, Any]) -> LlamaConfig:
+    """The configuration that `--config` names, with a new model's own values in the place of its."""
+    try:
+        return LlamaConfig.from_pretrained(source, **own)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: {source} is not a Llama's configuration.") from error
 
 
 def _given_tokenizer(arguments: TrainedModelArguments) -> PreTrainedTokenizerBase | None:

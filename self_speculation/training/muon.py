@@ -23,7 +23,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([*layers, *rest], {"lr": lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Any = None) -> None:
+    # Unlike other optimisers it takes no closure: the Trainer has none to give.
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for part in self.parts:
             part.step()

@@ -26,11 +26,11 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if num_steps < 1:
             raise ValueError("--max_steps must be at least 1, or negative for --num_train_epochs to decide.")
-        layers = self.model.model.layers
+        layers = self.llama.model.layers
         rates = layerskip.dropout_rates(len(layers), num_steps)
         schedule = layerskip.exit_schedule(len(layers), num_steps)
         self.dropout = LayerDropout(layers, rates, self.args.seed, layerskip.layer_dropout_rescale)
-        self.early_exit_loss = EarlyExitLoss(self.model, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
+        self.early_exit_loss = EarlyExitLoss(self.llama, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the model has its own `forward` again."""
@@ -50,7 +50,7 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         """The Trainer's own optimiser, or Muon with AdamW."""
         if self.optimizer is None and self.layerskip.muon:
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay, betas)
+            self.optimizer = MuonWithAdamW(self.llama, self.args.learning_rate, self.args.weight_decay, betas)
         return super().create_optimizer(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,7 +62,7 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The measures of the last layer and of every exit, on all processes together."""
-        with scoring(self.model, self.layerskip.loss_chunk_tokens):
+        with scoring(self.llama, self.layerskip.loss_chunk_tokens):
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(

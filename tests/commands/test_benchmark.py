@@ -21,7 +21,8 @@ from self_speculation.commands import benchmark
 from self_speculation.generator_base import GenerationRequest
 from self_speculation.loading import BUNDLED_CHECKPOINT
 from self_speculation.measuring.figures import rounded
-from self_speculation.measuring.passes import PassCosts
+from self_speculation.measuring.pass_costs import PassCosts
+from self_speculation.measuring.passes import Timing
 from self_speculation.measuring.probes import Probes
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +165,7 @@ def test_the_share_of_the_ideal(batch_size: int, run_benchmark: Callable[..., di
     """Passes are timed for a batch of answers half done; in the middle of four prompts' sizes."""
     asked: list[tuple[list[int], object]] = []
 
-    def measure(model: LlamaForCausalLM, request: GenerationRequest, cells: object, *counts: int) -> PassCosts:
+    def measure(model: LlamaForCausalLM, request: GenerationRequest, cells: object, timing: Timing) -> PassCosts:
         asked.append((list(map(len, request.prompts)), cells))
         return PassCosts({2: 2.0}, {(2, 3): 5.0, (6, 0): 4.0})
 

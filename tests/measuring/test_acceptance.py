@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,16 +13,18 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.cache import PositionAddressedCache
+from self_speculation.decoding.cache import CacheAccess
 from self_speculation.generator_base import (
     GenerationConfig,
+    GenerationRequest,
     GenerationResult,
     GenerationStrategy,
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.measuring.acceptance import step_counts
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.passes import CALLS, ROUNDS, PassCosts, measure_passes
+from self_speculation.measuring.pass_costs import PassCosts
+from self_speculation.measuring.passes import TIMING, Timing, measure_passes
 from self_speculation.measuring.prediction import Profile, acceptance_chances, predict, profile
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
@@ -300,13 +301,13 @@ def test_a_profile_s_limit_is_the_least_of_max_steps_and_context(
 
 
 @pytest.fixture
-def request_of_passes(generator: Generator) -> object:
+def request_of_passes(generator: Generator) -> GenerationRequest:
     """A prompt to time passes after."""
     return generator(AutoregressiveStrategy).request(PROMPTS[:1], greedy())
 
 
 def test_passes_are_timed_and_leave_no_trace(
-    generator: Generator, agreeing_model: LlamaForCausalLM, request_of_passes: object
+    generator: Generator, agreeing_model: LlamaForCausalLM, request_of_passes: GenerationRequest
 ) -> None:
     def answers() -> list[list[int]]:
         ways = (AutoregressiveStrategy, SelfSpeculativeStrategy)
@@ -314,7 +315,7 @@ def test_passes_are_timed_and_leave_no_trace(
         return [result.tokens for way in ways for result in generator(way).generate(PROMPTS, config)]
 
     before = answers()
-    cells = [(1, 1), (1, 3), (4, 1), (4, 3), (LAYERS, 3)]
+    cells = [Cell(1, 1), Cell(1, 3), Cell(4, 1), Cell(4, 3), Cell(LAYERS, 3)]
     costs = measure_passes(agreeing_model, request_of_passes, cells)
     assert costs.draft.keys() == {1, 4, LAYERS}
     assert costs.verification.keys() == set(cells)
@@ -323,41 +324,49 @@ def test_passes_are_timed_and_leave_no_trace(
 
 
 def test_a_pass_costs_the_median_of_its_rounds(
-    agreeing_model: LlamaForCausalLM, request_of_passes: object, monkeypatch: pytest.MonkeyPatch
+    agreeing_model: LlamaForCausalLM, request_of_passes: GenerationRequest
 ) -> None:
     """A clock by which the passes of a cell take 1 and 2 seconds; they come in turns, a few calls at a time."""
     durations = [factor * key for factor in (100, 1, 10) for key in (1, 2)]
-    assert len(durations) == 2 * ROUNDS
-    readings = iter([reading for duration in durations for reading in (0.0, duration * CALLS)])
-    clock = SimpleNamespace(perf_counter=lambda: next(readings))
-    monkeypatch.setattr("self_speculation.measuring.passes.time", clock)
-    assert measure_passes(agreeing_model, request_of_passes, [(2, 3)]) == PassCosts({2: 10}, {(2, 3): 20})
+    assert len(durations) == 2 * TIMING.rounds
+    readings = iter([reading for duration in durations for reading in (0.0, duration * TIMING.calls)])
+    timing = Timing(clock=lambda: next(readings))
+    costs = measure_passes(agreeing_model, request_of_passes, [Cell(2, 3)], timing)
+    assert costs == PassCosts({2: 10}, {Cell(2, 3): 20})
     assert list(readings) == []
 
 
+@pytest.mark.parametrize(("longest", "visible"), [(61, 64), (62, 128)])
 def test_passes_of_a_ragged_batch_see_their_longest_row(
-    generator: Generator, agreeing_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    generator: Generator, agreeing_model: LlamaForCausalLM, longest: int, visible: int
 ) -> None:
-    """And its drafts, whatever the first row's length."""
+    """And its three drafts, whatever the first row's length: 64 positions are the first bucket of the cache.
+
+    The prefill reads all tokens of the longest row but the pending one.
+    """
     seen: list[int] = []
-    see = PositionAddressedCache.see
 
-    def noted(self: PositionAddressedCache, length: int, is_prefill: bool = False) -> None:
-        seen.append(length)
-        see(self, length, is_prefill)
+    def note(_: nn.Module, __: tuple[Tensor, ...], inputs: dict[str, CacheAccess]) -> None:
+        seen.append(inputs["past_key_values"].cache.visible)
 
-    monkeypatch.setattr(PositionAddressedCache, "see", noted)
-    request = generator(AutoregressiveStrategy).request([PROMPTS[1], PROMPTS[0] * 5, PROMPTS[2]], greedy())
-    costs = measure_passes(agreeing_model, request, [(2, 3), (LAYERS, 0)], rounds=1)
-    longest = len(request.prompts[1])
-    assert seen == [longest - 1, longest + 3]
+    prompts = [[7] * 3, [5] * longest, [9] * 10]
+    request = generator(AutoregressiveStrategy).request(prompts, greedy())
+    handle = agreeing_model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        costs = measure_passes(agreeing_model, request, [Cell(2, 3), Cell(LAYERS, 0)], Timing(rounds=1))
+    finally:
+        handle.remove()
+    assert seen[0] == 64
+    assert set(seen[1:]) == {visible}
     assert costs.draft.keys() == {2}
     assert costs.verification.keys() == {(2, 3), (LAYERS, 0)}
 
 
-def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausalLM, request_of_passes: object) -> None:
+def test_a_pass_runs_the_layers_that_it_stands_for(
+    agreeing_model: LlamaForCausalLM, request_of_passes: GenerationRequest
+) -> None:
     """E = 2, d = 3: prefill and three drafts set up; each pass runs once, and before each round not timed."""
-    timed = ROUNDS * (CALLS + CALLS // 4) + 1
+    timed = TIMING.rounds * (TIMING.calls + TIMING.calls // 4) + 1
     modules = dict(enumerate(agreeing_model.model.layers)) | {"head": agreeing_model.lm_head}
     shapes: dict[object, Counter[int]] = {name: Counter() for name in modules}
 
@@ -366,7 +375,7 @@ def test_a_pass_runs_the_layers_that_it_stands_for(agreeing_model: LlamaForCausa
 
     handles = [module.register_forward_hook(partial(count, name)) for name, module in modules.items()]
     try:
-        measure_passes(agreeing_model, request_of_passes, [(2, 3)])
+        measure_passes(agreeing_model, request_of_passes, [Cell(2, 3)])
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ from self_speculation.measuring.ceiling import Ceiling, Memory, WeightBytes, ban
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Batch, Measurement, Round
-from self_speculation.measuring.passes import PassCosts
+from self_speculation.measuring.pass_costs import PassCosts
 
 WEIGHTS = WeightBytes(layers=[100, 100, 100, 100], head=50, vocabulary=100)
 

@@ -98,7 +98,11 @@ class Response:
 
 
 def _example(dataset: DatasetName, doc: Row) -> Example:
-    return DATASETS[dataset].example(doc, f"--data_dir: a row of {dataset}", DatasetArguments(dataset))
+    place = f"--data_dir: a row of {dataset}"
+    example = DATASETS[dataset].example(doc, place, DatasetArguments(dataset))
+    if example is None:
+        raise ValueError(f"{place} has nothing to write.")
+    return example
 
 
 gsm8k_prompt, gsm8k_response = Prompt("gsm8k"), Response("gsm8k")
