@@ -13,11 +13,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.loading import ModelArguments, load
 from self_speculation.pretrained import Pretrained, is_finite
+from self_speculation.training.models import TrainedModelArguments, model_to_train
 from self_speculation.training.tokenizer import train_tokenizer
 
 Tensors = dict[str, Tensor]
@@ -71,12 +79,19 @@ def change_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refusal(folder: Path, **arguments: Any) -> str:
-    with pytest.raises(ValueError, match=r"^--model") as error:
-        load(ModelArguments(model=str(folder), **arguments))
+def refusal_of(function: Callable[..., object], *arguments: object) -> str:
+    """The one sentence with which a function refuses a model."""
+    with pytest.raises(ValueError, match=r"^--(model|config|tokenizer)") as error:
+        function(*arguments)
     assert "\n" not in str(error.value)
-    assert str(folder) in str(error.value)
     return str(error.value)
+
+
+def refusal(folder: Path, **arguments: Any) -> str:
+    """The one sentence with which loading refuses a folder, and names it."""
+    sentence = refusal_of(load, ModelArguments(model=str(folder), **arguments))
+    assert str(folder) in sentence
+    return sentence
 
 
 @pytest.fixture
@@ -327,4 +342,46 @@ def test_code_is_executed_when_asked_for_and_it_is_said(
 def test_consent_is_true_or_false(value: str, code: Path) -> None:
     with pytest.raises(ValueError, match="--model_args: trust_remote_code must be True or False"):
         load(ModelArguments(model=str(code), model_args=f"trust_remote_code={value}"))
+    assert not (code / "executed").exists()
+
+
+def training_refusal(folder: Path) -> str:
+    """The one sentence with which training refuses a folder."""
+    return refusal_of(model_to_train, TrainedModelArguments(model=str(folder), block_size=16), lambda: ["text"])
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHERS = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, intermediate_size=64)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_models_of_other_families_are_refused(
+    family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A Llama made of them would lose tensors, or be random."""
+    OTHERS[family]().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "only Llama models" in refusal_of(load, ModelArguments(model=str(tmp_path)))
+    capfd.readouterr()
+    assert f"--model: {tmp_path} is a {family} model" in training_refusal(tmp_path)
+    assert capfd.readouterr().err == ""
+    new = TrainedModelArguments(config=str(tmp_path), tokenizer=str(tmp_path), block_size=16)
+    assert f"--config: {tmp_path} is not a Llama's" in refusal_of(model_to_train, new, lambda: ["text"])
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(own: Path) -> None:
+    tensors = load_file(own / "model.safetensors")
+    del tensors[DOWN]
+    save_file(tensors, own / "model.safetensors", {"format": "pt"})
+    assert f"{DOWN} is missing" in training_refusal(own)
+    (own / "model.safetensors").write_bytes(b"no weights")
+    assert training_refusal(own) == f"--model: {own} is not a model that transformers can load."
+
+
+def test_no_code_of_a_checkpoint_to_train_is_executed(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 9))
+    assert f"--model: {code}" in training_refusal(code)
     assert not (code / "executed").exists()
