@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from self_speculation.decoding.early_exit import check_supported
+from self_speculation.masking import masked, without_secrets_of
 from self_speculation.pretrained import DamagedCheckpointError, Pretrained
 from self_speculation.settings import Settings, setting
 
@@ -38,7 +39,9 @@ class ModelArguments(Settings):
 
     model: str = setting(str(BUNDLED_CHECKPOINT), help="Folder or hub name; the bundled checkpoint by default.")
     model_args: str | None = setting(
-        None, help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main."
+        None,
+        help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main.",
+        masked=masked,
     )
     device: str | None = setting(None, help="cuda, cpu …; CUDA by default where there is any.")
     dtype: str = setting(
@@ -123,7 +126,7 @@ def _parse_model_args(text: str | None) -> dict[str, Any]:
     for item in (text or "").split(","):
         key, equals, value = item.strip().partition("=")
         if item.strip() and not (key and equals):
-            raise ValueError(f"--model_args must look like 'k=v,k=v', but has {item.strip()!r}.")
+            raise ValueError(f"--model_args must look like 'k=v,k=v', but has {masked(item.strip())!r}.")
         if key:
             try:
                 options[key] = ast.literal_eval(value)
@@ -157,15 +160,16 @@ def _is_fast(dtype: torch.dtype) -> bool:
 
 
 def _loading_sentence(arguments: ModelArguments, error: Exception) -> str:
-    name, text = arguments.model, str(error)
+    name, given = arguments.model, arguments.model_args or ""
+    text = without_secrets_of(given, str(error))
     if "gated" in text or "401" in text or "403" in text:
         return (
             f"--model {name} is gated or private: ask for access at https://huggingface.co/{name}, "
             "then set HF_TOKEN or run `hf auth login`."
         )
     reason = (text.splitlines() or [""])[0] or type(error).__name__
-    if isinstance(error, TypeError) and arguments.model_args:
-        return f"--model_args {arguments.model_args}: {reason}."
+    if isinstance(error, TypeError) and given:
+        return f"--model_args {masked(given)}: {reason}."
     if Path(name).is_dir():
         return f"--model {name}: the folder has no model that transformers can load ({reason})"
     return f"--model {name} is neither a folder nor a model that the hub could give ({reason})"
