@@ -2,22 +2,17 @@
 
 import ast
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from self_speculation.decoding.early_exit import check_supported
+from self_speculation.masking import masked, without_secrets_of
+from self_speculation.pretrained import DamagedCheckpointError, Pretrained
 from self_speculation.settings import Settings, setting
 
 
@@ -44,7 +39,9 @@ class ModelArguments(Settings):
 
     model: str = setting(str(BUNDLED_CHECKPOINT), help="Folder or hub name; the bundled checkpoint by default.")
     model_args: str | None = setting(
-        None, help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main."
+        None,
+        help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main.",
+        masked=masked,
     )
     device: str | None = setting(None, help="cuda, cpu …; CUDA by default where there is any.")
     dtype: str = setting(
@@ -72,19 +69,23 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
-        ValueError: no such model, no weights, no access, or a model that cannot exit early.
+        ValueError: no such model, no weights or damaged ones, no access, or a model that cannot exit early.
     """
     options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
+    _check_trust(arguments.model, options)
+    checkpoint = Pretrained(arguments.model, options)
     try:
-        options.setdefault("dtype", _dtype(arguments.dtype, AutoConfig.from_pretrained(arguments.model), device))
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(_loading_sentence(arguments.model, error)) from error
-    except TypeError as error:
-        cause = f"--model_args {arguments.model_args}" if arguments.model_args else f"--model {arguments.model}"
-        raise ValueError(f"{cause}: {error}.") from error
+        if "dtype" not in options:
+            dtype = _dtype(arguments.dtype, checkpoint.config(), device)
+            checkpoint = replace(checkpoint, options=options | {"dtype": dtype})
+        model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
+    except DamagedCheckpointError:
+        raise
+    # What reads the files of a checkpoint raises errors of many kinds, and the sentence is the same for all.
+    except Exception as error:
+        raise ValueError(_loading_sentence(arguments, error)) from error
     check_supported(model)
+    checkpoint.check_vocabulary(model, tokenizer)
     if "device_map" not in options:
         model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
     return model.eval(), tokenizer
@@ -125,13 +126,22 @@ def _parse_model_args(text: str | None) -> dict[str, Any]:
     for item in (text or "").split(","):
         key, equals, value = item.strip().partition("=")
         if item.strip() and not (key and equals):
-            raise ValueError(f"--model_args must look like 'k=v,k=v', but has {item.strip()!r}.")
+            raise ValueError(f"--model_args must look like 'k=v,k=v', but has {masked(item.strip())!r}.")
         if key:
             try:
                 options[key] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
                 options[key] = value
     return options
+
+
+def _check_trust(model: str, options: dict[str, Any]) -> None:
+    """Say it when Python code of the checkpoint may run; what is not clearly wanted is refused."""
+    trust = options.get("trust_remote_code", False)
+    if not isinstance(trust, bool):
+        raise ValueError(f"--model_args: trust_remote_code must be True or False, not {trust!r}.")
+    if trust:
+        print(f"--model_args trust_remote_code=True: Python code that {model} brings along may run.", file=sys.stderr)
 
 
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
@@ -150,13 +160,17 @@ def _is_fast(dtype: torch.dtype) -> bool:
     return any(capabilities.get(name, False) for name in wanted)
 
 
-def _loading_sentence(name: str, error: Exception) -> str:
-    text = str(error)
+def _loading_sentence(arguments: ModelArguments, error: Exception) -> str:
+    name, given = arguments.model, arguments.model_args or ""
+    text = without_secrets_of(given, str(error))
     if "gated" in text or "401" in text or "403" in text:
         return (
             f"--model {name} is gated or private: ask for access at https://huggingface.co/{name}, "
             "then set HF_TOKEN or run `hf auth login`."
         )
+    reason = (text.splitlines() or [""])[0] or type(error).__name__
+    if isinstance(error, TypeError) and given:
+        return f"--model_args {masked(given)}: {reason}."
     if Path(name).is_dir():
-        return f"--model {name}: the folder has no model that transformers can load ({text.splitlines()[0]})"
-    return f"--model {name} is neither a folder nor a model that the hub could give ({text.splitlines()[0]})"
+        return f"--model {name}: the folder has no model that transformers can load ({reason})"
+    return f"--model {name} is neither a folder nor a model that the hub could give ({reason})"

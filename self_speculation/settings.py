@@ -11,22 +11,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """What a setting may be, besides None; and the flag that sets it, where that is not the field's own name."""
+    """What a setting may be, besides None; the flag that sets it, where that is not the field's own name.
+
+    `masked` takes its secrets out, wherever it is shown.
+    """
 
     at_least: float | None = None
     flag: str | None = None
+    masked: Callable[[str], str] | None = None
 
 
 def setting(
     default: Any = MISSING,
     *,
     help: str,
-    at_least: float | None = None,
-    flag: str | None = None,
     default_factory: Callable[[], Any] | Any = MISSING,
+    **limits: Any,
 ) -> Any:
-    """A dataclass field with its help text and limits; `flag` names it on the command line."""
-    metadata = {"help": help, "limits": Limits(at_least, flag)}
+    """A dataclass field with its help text and its `Limits`, such as `at_least` and its `flag` on the command line."""
+    metadata = {"help": help, "limits": Limits(**limits)}
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -57,6 +60,12 @@ class Settings:
                 raise ValueError(f"--{flag_of(field)} must be at least {least}, not {value}.")
 
 
+def shown(field: Field[Any], value: Any) -> Any:
+    """A field's value as files and terminals may have it: without secrets."""
+    masked = limits_of(field).masked
+    return value if masked is None or value is None else masked(value)
+
+
 def by_flag(*groups: Any) -> dict[str, Any]:
-    """All settings of some dataclasses by their flags' names, as files of results have them."""
-    return {flag_of(field): getattr(group, field.name) for group in groups for field in fields(group)}
+    """All settings of some dataclasses by their flags' names, as files of results have them: without secrets."""
+    return {flag_of(field): shown(field, getattr(group, field.name)) for group in groups for field in fields(group)}

@@ -9,11 +9,14 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
+from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
+from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
 from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.settings import by_flag
 from self_speculation.strategies import fill_in, make_strategy
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,44 @@ def test_model_args_reach_from_pretrained(folder: Path) -> None:
     model, _ = load(arguments)
     assert model.config.num_hidden_layers == 3
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("revision=main,dtype=float16", "revision=main,dtype=float16"),
+        ("token=abc,revision=main", "token=***,revision=main"),
+        ("use_auth_token='a b', x=1", "use_auth_token=***, x=1"),
+        ("x=1,api_key=k,API-KEY=k,password=p,my_secret=s", "x=1,api_key=***,API-KEY=***,password=***,my_secret=***"),
+        ("name=hf_abcDEF123", "name=***"),
+        ("token:hf_abc", "token:***"),
+        ("proxies={'https': 'http://me:word@host:8'}", "proxies={'https': 'http://***@host:8'}"),
+        ("x={'token': 'abc'}", "x={'token': ***}"),
+        ("pad_token=<pad>,max_tokens=3,tokenizer=a", "pad_token=<pad>,max_tokens=3,tokenizer=a"),
+    ],
+)
+def test_secrets_are_masked(text: str, expected: str) -> None:
+    assert by_flag(ModelArguments(model_args=text))["model_args"] == expected
+
+
+def test_a_secret_is_in_no_result_and_not_printed(
+    run: Callable[..., int], rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And a run with one is resumed."""
+    given = ["--model_args", "token=SesameOpen", "--max_steps", 1]
+    texts = [*given, "--data_path", rows, "--num_samples", 1]
+    assert run(generate.main, *given, "--prompt", "x") == 0
+    assert run(correctness.main, *texts) == 0
+    assert run(benchmark.main, *texts, "--score_text", "False") == 0
+    assert run(benchmark.main, *texts, "--score_text", "False", "--resume", "True") == 0
+    assert run(generate.main, "--model_args", "token=SesameOpen,nonsense=3", "--prompt", "x") == 2
+    assert run(generate.main, "--model_args", "nonsense=3,token:SesameOpen", "--prompt", "x") == 2
+    said = capfd.readouterr()
+    pasted = sweep.command(ModelArguments(model_args="token=SesameOpen"), sweep.SweepConfig(), Cell(1, 2))
+    assert "SesameOpen" not in said.out + said.err + pasted
+    files = [path for path in (tmp_path / "logs").rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {"generate.jsonl", "correctness.json", "benchmark.json"}
+    assert not [path for path in files if b"SesameOpen" in path.read_bytes()]
 
 
 def test_recommendations(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ python correctness.py --dataset human_eval --num_samples 20 --model facebook/lay
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def main() -> None:
             for _ in check.run(prompts):
                 progress.update()
                 progress.set_postfix(differences=sum(len(cell.differences) for cell in cells))
-    settings = {"model": asdict(model_arguments), "dataset": asdict(dataset), "generation": by_flag(config)}
+    settings = {"model": by_flag(model_arguments), "dataset": by_flag(dataset), "generation": by_flag(config)}
     path.write_text(json.dumps(document(settings, cells), indent=1))
     report(cells, tokenizer, path)
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)

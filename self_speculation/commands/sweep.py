@@ -30,7 +30,7 @@ from self_speculation.measuring.tables import finalist_table
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
-from self_speculation.settings import Settings, by_flag, flag_of, setting
+from self_speculation.settings import Settings, by_flag, flag_of, setting, shown
 
 
 @dataclass
@@ -144,7 +144,7 @@ def flags(arguments: Any) -> list[str]:
     """The flags of a dataclass that are not at their defaults."""
     words = []
     for item in dataclasses.fields(arguments):
-        value = getattr(arguments, item.name)
+        value = shown(item, getattr(arguments, item.name))
         if value != item.default:
             words += [f"--{flag_of(item)}", *map(str, value if isinstance(value, list) else [value])]
     return words

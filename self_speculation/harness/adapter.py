@@ -41,12 +41,12 @@ from self_speculation.generator_base import (
     check_exit_layer,
 )
 from self_speculation.harness.continuation_scores import Score, ScoredText, score_continuations
-from self_speculation.harness.logs import logging_at
 from self_speculation.harness.model_args import read_model_args, take
 from self_speculation.harness.processes import num_processes, process_device
 from self_speculation.harness.scored_requests import Request, batches, share_texts
 from self_speculation.harness.speed_figures import SpeedFigures
 from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.log_levels import logging_at
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.strategies import fill_in, make_strategy
 

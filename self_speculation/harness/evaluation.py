@@ -15,9 +15,9 @@ from tqdm import tqdm
 from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.fitted_prompts import FittedPrompts
 from self_speculation.harness.loaded_tasks import LoadedTasks
-from self_speculation.harness.logs import logging_at
 from self_speculation.harness.speed_figures import SpeedFigures
 from self_speculation.harness.task_metrics import Results
+from self_speculation.log_levels import logging_at
 
 
 @dataclass

@@ -1,20 +1,6 @@
 """What of lm-eval's log is worth showing."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-
-@contextmanager
-def logging_at(least: int, name: str) -> Iterator[None]:
-    """The logger `name` says what is at least this severe."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(least)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def is_news(record: logging.LogRecord) -> bool:

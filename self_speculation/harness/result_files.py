@@ -1,6 +1,5 @@
 """The files that an evaluation leaves behind: lm-eval's own, with our figures in them."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ def described(model_arguments: ModelArguments, lm: LayerSkipLM) -> dict[str, Any
     """What lm-eval's result files say of the model, and what their folder is named after."""
     name = model_arguments.model
     pretrained = Path(name).resolve().name if Path(name).is_dir() else name
-    return {"pretrained": pretrained} | asdict(model_arguments) | by_flag(lm.generation)
+    return {"pretrained": pretrained} | by_flag(model_arguments, lm.generation)
 
 
 def save(results: Results, tracker: EvaluationTracker) -> Path:

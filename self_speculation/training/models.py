@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from self_speculation.pretrained import DamagedCheckpointError, Pretrained
 from self_speculation.settings import Settings, setting
 from self_speculation.training.tokenizer import train_tokenizer
+
+# What the configuration of a Llama calls its family.
+FAMILY = "llama"
 
 
 @dataclass
@@ -83,8 +87,12 @@ def model_to_train(
 def _read_config(source: str, own: dict[str, Any]) -> LlamaConfig:
     """The configuration that `--config` names, with a new model's own values in the place of its."""
     try:
-        return LlamaConfig.from_pretrained(source, **own)
-    except (OSError, ValueError) as error:
+        values, _ = LlamaConfig.get_config_dict(source)
+        if values.get("model_type", FAMILY) != FAMILY:
+            raise ValueError(f"a {values['model_type']} model")
+        return LlamaConfig(**values | own)
+    # What reads a configuration raises errors of many kinds, and the sentence is the same for all.
+    except Exception as error:
         raise ValueError(f"--config: {source} is not a Llama's configuration.") from error
 
 
@@ -92,14 +100,29 @@ def _given_tokenizer(arguments: TrainedModelArguments) -> PreTrainedTokenizerBas
     """The tokenizer that the flags name, if they name one."""
     source, flag = arguments.tokenizer or arguments.model, "--tokenizer" if arguments.tokenizer else "--model"
     try:
-        return AutoTokenizer.from_pretrained(source) if source else None
-    except (OSError, ValueError) as error:
+        return Pretrained(source).tokenizer() if source else None
+    # What reads the files of a tokenizer raises errors of many kinds, and the sentence is the same for all.
+    except Exception as error:
         raise ValueError(f"{flag}: {source} has no tokenizer that transformers can load.") from error
 
 
 def _given_model(arguments: TrainedModelArguments) -> LlamaForCausalLM | None:
-    """The model that the flags name, if they name one."""
+    """The model that the flags name, if they name one.
+
+    Raises:
+        ValueError: there is none, it is damaged, or of another family, whose other tensors a Llama would lose.
+    """
+    if not arguments.model:
+        return None
+    checkpoint = Pretrained(arguments.model, {"dtype": torch.float32})
     try:
-        return LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32) if arguments.model else None
-    except (OSError, ValueError) as error:
+        family = checkpoint.config().model_type
+        model = checkpoint.model() if family == FAMILY else None
+    except DamagedCheckpointError:
+        raise
+    # As for tokenizers.
+    except Exception as error:
         raise ValueError(f"--model: {arguments.model} is not a model that transformers can load.") from error
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(f"--model: {arguments.model} is a {family} model: only Llama models can be trained here.")
+    return model
