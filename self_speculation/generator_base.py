@@ -3,11 +3,12 @@
 A strategy writes one method, `steps`. Collecting, timing and streaming are clients of the steps it yields.
 """
 
+import operator
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
@@ -190,15 +191,28 @@ class HuggingfaceLlamaGenerator:
         """A prompt's token ids.
 
         Raises:
-            ValueError: the prompt has no tokens, or leaves no room in the model's context.
+            ValueError: the prompt has no tokens, leaves no room in the model's context, or has ids of no token.
         """
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"A prompt must be a text or a list of token ids, not {prompt!r}.")
         tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         context = self.model.config.max_position_embeddings
         if not tokens:
             raise ValueError("The prompt is empty, and the tokenizer has no token to begin with.")
         if len(tokens) >= context:
             raise ValueError(f"The prompt has {len(tokens)} tokens; the model's context is {context}.")
-        return tokens
+        return [self._token_id(token) for token in tokens]
+
+    def _token_id(self, token: Any) -> int:
+        """A whole number below the vocabulary's size; NumPy's and torch's are as good as Python's."""
+        vocabulary = self.model.config.vocab_size
+        try:
+            number = -1 if isinstance(token, bool) else operator.index(token)
+        except TypeError:
+            number = -1
+        if not 0 <= number < vocabulary:
+            raise ValueError(f"The prompt's token id {token!r} is none of the model's: 0 to {vocabulary - 1}.")
+        return number
 
     def request(
         self,
@@ -212,12 +226,18 @@ class HuggingfaceLlamaGenerator:
 
     def generate(
         self,
-        prompts: list[str] | list[list[int]],
+        prompts: str | list[str] | list[list[int]],
         config: GenerationConfig,
         streamer: StepStreamer | BaseStreamer | None = None,
         logits_processors: LogitsProcessorList | None = None,
     ) -> list[GenerationResult]:
-        """Answer a ragged batch of prompts, texts or token ids; a streamer takes a batch of one."""
+        """Answer a ragged batch of prompts, texts or token ids; a streamer takes a batch of one.
+
+        A bare text is a batch of one; an empty batch has no answers.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if len(prompts) == 0 and streamer is None:
+            return []
         if streamer is not None and len(prompts) != 1:
             raise ValueError(f"A streamer shows one answer, but there are {len(prompts)} prompts.")
         request = self.request(prompts, config, logits_processors)

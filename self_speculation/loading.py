@@ -25,6 +25,8 @@ def bundled(name: str) -> Path:
 
 BUNDLED_CHECKPOINT = bundled("layerskip-python-6M")
 RECOMMENDATION_FILE = "layerskip.json"
+# More drafts than this are a mistake in the file: each takes room in the cache.
+MOST_SPECULATIONS = 1000
 # The (E, d) with the paper's best speed-up (tables of section 6, greedy).
 PAPER_RECOMMENDATIONS = {
     "facebook/layerskip-llama2-7B": (8, 12),
@@ -92,17 +94,32 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
 
 
 def read_recommendation(name: str, num_layers: int) -> Recommendation:
-    """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4."""
+    """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4.
+
+    Raises:
+        ValueError: the file beside the weights holds something else.
+    """
     path = Path(name) / RECOMMENDATION_FILE
-    if path.is_file():
-        try:
-            values = json.loads(path.read_text())
-            return Recommendation(values["exit_layer"], values["num_speculations"], "recommended by the checkpoint")
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a JSON object with exit_layer and num_speculations.") from error
+    if path.exists():
+        return _recommendation_in(path, num_layers)
     if name in PAPER_RECOMMENDATIONS:
         return Recommendation(*PAPER_RECOMMENDATIONS[name], "the paper's choice")
     return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
+
+
+def _recommendation_in(path: Path, num_layers: int) -> Recommendation:
+    limits = {"exit_layer": (1, num_layers), "num_speculations": (0, MOST_SPECULATIONS)}
+    try:
+        # A pipe or a device might never end.
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        chosen = {field: values[field] for field in limits}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON object with exit_layer and num_speculations.") from error
+    for field, (least, most) in limits.items():
+        value = chosen[field]
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{path}: {field} must be a whole number from {least} to {most}, not {value!r:.40}.")
+    return Recommendation(**chosen, source="recommended by the checkpoint")
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -6,6 +6,7 @@ A field is made by `setting`; `Settings` checks every field's limits in one plac
 import dataclasses
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
+from numbers import Real
 from typing import Any
 
 
@@ -56,7 +57,11 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), limits_of(field).at_least
-            if value is not None and least is not None and not value >= least:
+            if value is None or least is None:
+                continue
+            if not isinstance(value, Real):
+                raise ValueError(f"--{flag_of(field)} must be a number, not {value!r}.")
+            if not value >= least:
                 raise ValueError(f"--{flag_of(field)} must be at least {least}, not {value}.")
 
 

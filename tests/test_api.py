@@ -31,6 +31,43 @@ def test_one_prompt_gives_one_result_and_a_list_a_list(folder: Path) -> None:
     assert [result.tokens for result in alone] == [result.tokens for result in expected]
 
 
+def test_a_bare_text_is_one_prompt_and_no_prompts_have_no_answers(folder: Path) -> None:
+    model, tokenizer = load(folder, dtype="float64")
+    config = GenerationConfig(max_new_tokens=5, sample=False)
+    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+    [result] = generator.generate(PROMPTS[0], config)
+    assert result.tokens == generator.generate(PROMPTS[:1], config)[0].tokens
+    assert generator.generate([], config) == []
+    assert generate(model, tokenizer, [], max_new_tokens=5) == []
+
+
+@pytest.mark.parametrize("token", [-1, 300, 2**70, 1.0, True, "a", None])
+def test_ids_of_no_token_are_refused(token: object, model: LlamaForCausalLM, folder: Path) -> None:
+    _, tokenizer = load(folder)
+    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+    with pytest.raises(ValueError, match=r"The prompt's token id .* is none of the model's: 0 to 299"):
+        generator.generate([[5, token]], GenerationConfig(max_new_tokens=1))
+    with pytest.raises(ValueError, match="A prompt must be a text or a list of token ids, not 5"):
+        generator.generate([5, 6], GenerationConfig(max_new_tokens=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stop_words": ["x", "y" * 10_001]}, "--stop_words must have at most 10000 characters each, not 10001"),
+        ({"stop_words": "end"}, "--stop_words must be a list of strings, not 'end'"),
+        ({"stop_words": [b"end"]}, "--stop_words must be a list of strings"),
+        ({"exit_layer": "9:2"}, "--exit_layer must be a number, not '9:2'"),
+        ({"num_speculations": [4]}, r"--num_speculations must be a number, not \[4\]"),
+        ({"max_new_tokens": "many"}, "--max_steps must be a number, not 'many'"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings: dict[str, object], sentence: str) -> None:
+    assert GenerationConfig(stop_words=["x" * 10_000]).stop_words
+    with pytest.raises(ValueError, match=sentence):
+        GenerationConfig(**settings)
+
+
 def test_what_is_not_given_is_the_checkpoint_s_recommendation(folder: Path) -> None:
     """A quarter of six layers is one, with four drafts; what is given stays."""
     model, tokenizer = load(folder, dtype="float64")

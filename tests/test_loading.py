@@ -1,6 +1,7 @@
 """Loading, recommendations, the tie rule, and what the speed benchmark counts."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,45 @@ def test_recommendations(tmp_path: Path) -> None:
     (tmp_path / "layerskip.json").write_text(json.dumps({"exit_layer": 5, "num_speculations": 7}))
     advice = read_recommendation(str(tmp_path), 32)
     assert (advice.exit_layer, advice.num_speculations) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "is not a JSON object"),
+        (b"[1, 2]", "is not a JSON object"),
+        (b"7", "is not a JSON object"),
+        (b"null", "is not a JSON object"),
+        (b'{"exit_layer": 1}', "is not a JSON object"),
+        (bytes(range(128, 256)), "is not a JSON object"),
+        (b"[" * 10**5, "is not a JSON object"),
+        (b'{"exit_layer": 0, "num_speculations": 4}', "exit_layer must be a whole number from 1 to 6, not 0"),
+        (b'{"exit_layer": 7, "num_speculations": 4}', "exit_layer must be a whole number from 1 to 6, not 7"),
+        (b'{"exit_layer": "2", "num_speculations": 4}', "exit_layer must be a whole number from 1 to 6, not '2'"),
+        (b'{"exit_layer": 2.0, "num_speculations": 4}', "exit_layer must be a whole number from 1 to 6, not 2.0"),
+        (b'{"exit_layer": true, "num_speculations": 4}', "exit_layer must be a whole number from 1 to 6, not True"),
+        (b'{"exit_layer": null, "num_speculations": 4}', "exit_layer must be a whole number from 1 to 6, not None"),
+        (b'{"exit_layer": 2, "num_speculations": -1}', "num_speculations must be a whole number from 0 to 1000"),
+        (b'{"exit_layer": 2, "num_speculations": 1e9}', "num_speculations must be a whole number from 0 to 1000"),
+        (b'{"exit_layer": 2, "num_speculations": NaN}', "num_speculations must be a whole number from 0 to 1000"),
+        (b'{"exit_layer": 2, "num_speculations": [4]}', "num_speculations must be a whole number from 0 to 1000"),
+    ],
+)
+def test_a_bad_recommendation_names_its_file(content: bytes, named: str, tmp_path: Path) -> None:
+    """And not a flag that was not given."""
+    path = tmp_path / "layerskip.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=named) as error:
+        read_recommendation(str(tmp_path), 6)
+    assert str(error.value).startswith(str(path))
+    assert "--" not in str(error.value).removeprefix(str(path))
+
+
+def test_a_recommendation_is_read_from_a_file_only(tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "layerskip.json")
+    with pytest.raises(ValueError, match=r"layerskip.json is not a JSON object"):
+        read_recommendation(str(tmp_path), 6)
 
 
 def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:

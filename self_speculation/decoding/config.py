@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from self_speculation.settings import Settings, setting
 
+# Every step searches the whole answer for them.
+MAX_STOP_WORD = 10_000
+
 
 @dataclass
 class GenerationConfig(Settings):
@@ -50,8 +53,17 @@ class GenerationConfig(Settings):
             raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
-        if "" in (self.stop_words or []):
+        self._check_stop_words(self.stop_words or [])
+
+    @staticmethod
+    def _check_stop_words(words: list[str]) -> None:
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"--stop_words must be a list of strings, not {words!r:.60}.")
+        if "" in words:
             raise ValueError("--stop_words must not be empty strings.")
+        longest = max(map(len, words), default=0)
+        if longest > MAX_STOP_WORD:
+            raise ValueError(f"--stop_words must have at most {MAX_STOP_WORD} characters each, not {longest}.")
 
     def generation(self, **changes: Any) -> "GenerationConfig":
         """A script's own config as generation knows it, with changes."""

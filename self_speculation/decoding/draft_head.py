@@ -8,15 +8,18 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N tokens
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.fused_layers import linear, weight_version
 
 COUNTS_FILE = "token_counts.npy"
+MOST_COUNTED = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +78,34 @@ def token_order(folder: Path, vocab_size: int) -> Tensor:
     """Tokens (V), the most frequent first, by the counts in the folder; without any, the vocabulary's own order.
 
     Raises:
-        ValueError: the counts are not one number for each token.
+        ValueError: the counts are not a whole number for each token.
     """
     path = folder / COUNTS_FILE
-    if not path.is_file():
+    if not path.exists():
         return torch.arange(vocab_size)
+    return torch.from_numpy(np.argsort(-read_counts(path, vocab_size), kind="stable"))
+
+
+def read_counts(path: Path, vocab_size: int) -> NDArray[np.int64]:
+    """How often each token (V) occurs.
+
+    Raises:
+        ValueError: the file is not a vector of the vocabulary's size of whole numbers that are not negative.
+    """
     try:
-        counts_V = np.load(path)
-    except ValueError as error:
+        # Mapped, so that a shape which the file does not hold takes no memory; objects are never unpickled.
+        counts_V = np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} is not a NumPy array.") from error
+    if not isinstance(counts_V, np.ndarray):
+        raise ValueError(f"{path} is not a NumPy array.")
     if counts_V.shape != (vocab_size,):
         raise ValueError(f"{path} has counts of shape {counts_V.shape}, not one for each of {vocab_size} tokens.")
-    return torch.from_numpy(np.argsort(-counts_V, kind="stable"))
+    if counts_V.dtype.kind not in "iu":
+        raise ValueError(f"{path} has counts of type {counts_V.dtype}, not whole numbers.")
+    if counts_V.min() < 0 or counts_V.max() > MOST_COUNTED:
+        raise ValueError(f"{path} has counts from {counts_V.min()} to {counts_V.max()}, not from 0 to {MOST_COUNTED}.")
+    return counts_V.astype(np.int64)
 
 
 def save_counts(counts_V: Tensor, folder: Path) -> None:

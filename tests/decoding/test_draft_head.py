@@ -1,5 +1,7 @@
 """The trimmed draft head: the frequent tokens' rows, nothing else; and an output that stays the full model's."""
 
+import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,60 @@ def test_counts_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     (tmp_path / COUNTS_FILE).write_text("no array")
     with pytest.raises(ValueError, match=rf"{COUNTS_FILE} is not a NumPy array."):
         token_order(tmp_path, 6)
+
+
+def archive() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, counts=np.arange(3))
+    return file.getvalue()
+
+
+COUNTS = {
+    "negative": np.array([1, -1, 2]),
+    "overflowing": np.array([1, 2**63, 2], dtype=np.uint64),
+    "halves": np.array([1.0, 0.5, 2.0]),
+    "truths": np.array([True, False, True]),
+    "words": np.array(["a", "b", "c"]),
+    "fields": np.zeros(3, dtype=[("a", int), ("b", float)]),
+    "objects": np.array([1, None, "x"], dtype=object),
+    "dates": np.zeros(3, dtype="datetime64[D]"),
+    "complex": np.zeros(3, dtype=complex),
+    "one number": np.array(3),
+    "a matrix": np.zeros((3, 1), dtype=int),
+    "too few": np.arange(2),
+    "none": np.arange(0),
+}
+FILES = {
+    "empty": b"",
+    "text": b"1 2 3",
+    "an archive": archive(),
+    "half an archive": archive()[:60],
+    "a pickle": pickle.dumps([1, 2, 3]),
+    "no array": b"\x93NUMPY",
+    "too short": b"\x93NUMPY\x01\x00\x46\x00{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }".ljust(80) + b"0",
+}
+
+
+@pytest.mark.parametrize("content", [*COUNTS.values(), *FILES.values()], ids=[*COUNTS, *FILES])
+def test_what_is_no_vector_of_counts_is_refused(content: np.ndarray | bytes, tmp_path: Path) -> None:
+    path = tmp_path / COUNTS_FILE
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"^\S*/token_counts\.npy (has counts|is not)[^\n]*$"):
+        token_order(tmp_path, 3)
+
+
+def test_counts_of_any_whole_numbers_are_read(tmp_path: Path) -> None:
+    """A type without a sign has no negative numbers to sort by."""
+    for kind in ("uint8", "uint64", "int16", ">i8"):
+        np.save(tmp_path / COUNTS_FILE, np.array([0, 9, 200 if kind == "uint8" else 5], dtype=kind))
+        assert token_order(tmp_path, 3)[-1] == 0
+    (tmp_path / COUNTS_FILE).unlink()
+    (tmp_path / COUNTS_FILE).mkdir()
+    with pytest.raises(ValueError, match="is not a NumPy array"):
+        token_order(tmp_path, 3)
 
 
 @torch.inference_mode()
