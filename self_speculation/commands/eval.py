@@ -14,7 +14,8 @@ import transformers
 from lm_eval.evaluator_utils import run_task_tests
 from lm_eval.loggers import EvaluationTracker
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.arguments import EvalArguments, EvalConfig
 from self_speculation.harness.caches import keep_caches_apart
@@ -28,7 +29,7 @@ from self_speculation.loading import ModelArguments
 GROUPS = (EvalArguments, ModelArguments, EvalConfig, OutputArguments)
 
 
-@one_sentence_errors()
+@one_sentence_errors(go_on="Answers are kept where --use_cache names a file; the same command then goes on from them.")
 def main() -> None:
     arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     output_dir = Path(output.output_dir)

@@ -12,7 +12,8 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HOME
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.commands.training_sets import Sizes, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
@@ -101,7 +102,10 @@ GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments
 RARE = (TrainingArguments,)
 
 
-@one_sentence_errors()
+@one_sentence_errors(
+    go_on="Checkpoints are kept; the same command with --resume_from_checkpoint True goes on from the newest.",
+    lower="--per_device_train_batch_size or --block_size",
+)
 def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
         *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
