@@ -77,7 +77,7 @@ def generate(
         ValueError: a setting is out of its limits, or a prompt is empty or too long for the model.
     """
     config = GenerationConfig(**{"generation_strategy": "self_speculative", **settings})
-    advice = loading.read_recommendation(model.name_or_path, model.config.num_hidden_layers)
+    advice = loading.read_recommendation(model.name_or_path or "", model.config.num_hidden_layers)
     config = fill_in(config, advice)
     generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
     if isinstance(prompts, str):

@@ -86,7 +86,7 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
         raise ValueError(f"{cause}: {error}.") from error
     check_supported(model)
     if "device_map" not in options:
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator forgets self.
     return model.eval(), tokenizer
 
 
@@ -137,7 +137,7 @@ def _parse_model_args(text: str | None) -> dict[str, Any]:
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
-    own = config.dtype or torch.float32
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     is_slow = device.type == "cpu" and own.itemsize == 2 and not _is_fast(own)
     return torch.float32 if is_slow else own
 

@@ -23,6 +23,7 @@ RANKS = (
     f"{PACKAGE}.__main__ benchmarks scripts",
 )
 RANK = {house: rank for rank, houses in enumerate(RANKS) for house in houses.split()}
+PROGRAMS = RANK[f"{PACKAGE}.commands"]
 FOLDERS = (PACKAGE, "benchmarks")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 # What decoding does without.

@@ -61,8 +61,9 @@ class _Parser(HfArgumentParser):
         self, shown: tuple[type, ...], rare: tuple[type, ...], shows_rare: bool, description: str | None
     ) -> None:
         self.hidden = () if shows_rare else rare
+        groups: list[Any] = [*shown, *rare]
         super().__init__(
-            [*shown, *rare],
+            groups,
             usage="%(prog)s [--FLAG VALUE ...]",
             description=description,
             formatter_class=_HelpFormatter,
@@ -78,7 +79,7 @@ class _Parser(HfArgumentParser):
         general.add_argument("--version", action="version", version=version, help="Show the version and exit.")
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        group = _Flags(self.add_argument_group(group_title(dtype)), is_hidden=dtype in self.hidden)
+        group: Any = _Flags(self.add_argument_group(group_title(dtype)), is_hidden=dtype in self.hidden)
         types = get_type_hints(dtype)
         for field in fields(dtype):
             if field.init:

@@ -1,5 +1,7 @@
 """What a user can get wrong: one sentence that names the flag or the file, exit code 2, and nothing lost."""
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from self_speculation.commands import benchmark, correctness, generate, sweep
+from self_speculation.commands import benchmark, correctness, eval, generate, sweep, train
 
-SCRIPTS = {"generate": generate, "correctness": correctness, "benchmark": benchmark, "sweep": sweep}
+SCRIPTS = {
+    "generate": generate,
+    "correctness": correctness,
+    "benchmark": benchmark,
+    "sweep": sweep,
+    "eval": eval,
+    "train": train,
+}
 # Which scripts take a flag.
+EVERY = "generate correctness benchmark sweep eval train"
+DECODE = "generate correctness benchmark sweep eval"
 ALL = "generate correctness benchmark sweep"
 DATA = "correctness benchmark sweep"
 STRATEGIES = "generate benchmark sweep"
@@ -33,6 +44,34 @@ FILES: dict[str, bytes] = {
     "quoted.csv": b'prompt,response\n"a,b\n',
     "no_turns.jsonl": b'{"messages": "hello"}\n',
     "articles.jsonl": b'{"article": "too short", "highlights": "a"}\n',
+    "texts.jsonl": b'{"text": "good"}\n{"text": "bad\n',
+}
+# Rows that `eval` finds nothing wrong with, by file of its `--data_dir`.
+CHOICE = {"question": "a", "choices": ["b", "c"], "label": 0}
+PARSE = {"domain": "d", "utterance": "a", "semantic_parse": "[IN:GET a ]"}
+PROGRAM = {"task_id": "x/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    pass", "test": ""}
+EVAL_DATA = {
+    "multiple_choice/piqa.jsonl": [CHOICE] * 4,
+    "topv2/train.jsonl": [PARSE | {"utterance": str(number)} for number in range(8)],
+    "topv2/test.jsonl": [PARSE],
+    "humaneval/HumanEval.jsonl": [PROGRAM],
+}
+# What each script is run with besides the mistake, which comes last and so wins: where its prompts or texts are …
+SOUND_SOURCE = {
+    "generate": "--prompt x",
+    "correctness": "--data_path ROWS",
+    "benchmark": "--data_path ROWS",
+    "sweep": "--data_path ROWS",
+    "eval": "--tasks local_piqa --data_dir BAD/eval_data",
+    "train": "--data_path BAD/texts",
+}
+# … unless the mistake says so, …
+SOURCES = {"--prompt", "--prompt_file", "--data_path", "--dataset", "--hub_dataset"}
+# … and a model that takes no time.
+SOUND_MODEL = dict.fromkeys(SCRIPTS, "--model MODEL") | {
+    "train": "--vocab_size 270 --block_size 16 --num_layers 2 --hidden_size 16 --intermediate_size 24 --num_heads 2 "
+    "--num_kv_heads 1 --eval_blocks 4 --held_out 0.2 --rotation_interval 2 --recommend_tokens 4 --report_to none "
+    "--per_device_train_batch_size 2 --use_cpu True --token_cache TMP/tokens"
 }
 
 
@@ -47,16 +86,16 @@ class Mistake:
 
 MISTAKES = [
     # Flags
-    Mistake(ALL, "--nonsense 1", "--nonsense"),
-    Mistake(ALL, "--max_steps -1", "--max_steps"),
-    Mistake(ALL, "--max_steps many", "--max_steps"),
-    Mistake(ALL, "--max_steps 1.5", "--max_steps"),
-    Mistake(ALL, "--sample perhaps", "--sample"),
-    Mistake(ALL, "--seed -1", "--seed"),
-    Mistake(ALL, "--no_repeat_ngram_size 0", "--no_repeat_ngram_size"),
-    Mistake(ALL, "--stop_token_ids one", "--stop_token_ids"),
-    Mistake(ALL, "--top_p 1.5", "--top_p"),
-    Mistake(ALL, "--top_k -1", "--top_k"),
+    Mistake(EVERY, "--nonsense 1", "--nonsense"),
+    Mistake(DECODE, "--max_steps -1", "--max_steps"),
+    Mistake(EVERY, "--max_steps many", "--max_steps"),
+    Mistake(EVERY, "--max_steps 1.5", "--max_steps"),
+    Mistake(DECODE, "--sample perhaps", "--sample"),
+    Mistake(DECODE, "--seed -1", "--seed"),
+    Mistake(DECODE, "--no_repeat_ngram_size 0", "--no_repeat_ngram_size"),
+    Mistake(DECODE, "--stop_token_ids one", "--stop_token_ids"),
+    Mistake(DECODE, "--top_p 1.5", "--top_p"),
+    Mistake(DECODE, "--top_k -1", "--top_k"),
     Mistake(STRATEGIES, "--sample True --temperature 0", "--temperature"),
     Mistake("correctness", "--sample True", "--sample"),
     Mistake(STRATEGIES, "--generation_strategy guess", "--generation_strategy"),
@@ -88,17 +127,17 @@ MISTAKES = [
     Mistake("benchmark", "--execute_code True", "--execute_code"),
     Mistake("generate", "--streamer loud", "--streamer"),
     # Models
-    Mistake(ALL, "--model no/such/folder", "--model no/such/folder"),
-    Mistake(ALL, "--model BAD/empty_folder", "--model"),
+    Mistake(DECODE, "--model no/such/folder", "--model no/such/folder"),
+    Mistake(DECODE, "--model BAD/empty_folder", "--model"),
     Mistake(ALL, "--model BAD/truncated_config", "--model"),
     Mistake(ALL, "--model BAD/empty_weights", "--model"),
     Mistake("generate", "--model BAD/no_weights", "--model"),
     Mistake("generate", "--model BAD/truncated_advice --generation_strategy self_speculative", "layerskip.json"),
     Mistake("generate", "--model BAD/empty.jsonl", "--model"),
-    Mistake(ALL, "--dtype int4", "--dtype"),
-    Mistake(ALL, "--device abacus", "--device"),
+    Mistake(DECODE, "--dtype int4", "--dtype"),
+    Mistake(DECODE, "--device abacus", "--device"),
     Mistake("generate", "--device cuda:99", "--device"),
-    Mistake(ALL, "--model_args revision", "--model_args"),
+    Mistake(DECODE, "--model_args revision", "--model_args"),
     Mistake("generate", "--model_args nonsense=3", "--model_args"),
     # Prompts
     Mistake("generate", "--prompt_file no_such_file.txt", "no_such_file.txt"),
@@ -139,6 +178,52 @@ MISTAKES = [
     Mistake(DATA, "--max_prompt_tokens 0", "--max_prompt_tokens"),
     Mistake(DATA, "--max_prompt_tokens 256", "--max_prompt_tokens"),
     Mistake(DATA, "--max_prompt_tokens 1", "--max_prompt_tokens"),
+    # Evaluation
+    Mistake("eval", "--tasks ,", "--tasks"),
+    Mistake("eval", "--tasks local_gsm9k", "local_gsm8k"),
+    Mistake("eval", "--data_dir no/such/folder", "no/such/folder"),
+    Mistake("eval", "--data_dir BAD/empty_folder", "multiple_choice/piqa.jsonl"),
+    Mistake("eval", "--exit_layer 7", "--exit_layer"),
+    Mistake("eval", "--exit_layer 0", "--exit_layer"),
+    Mistake("eval", "--exit_layer some", "--exit_layer"),
+    Mistake("eval", "--exit_layer 9 --generation_strategy self_speculative", "--exit_layer"),
+    Mistake("eval", "--exit_layer all --generation_strategy self_speculative", "--exit_layer"),
+    Mistake("eval", "--tasks local_topv2 --exit_layer all", "local_topv2"),
+    Mistake("eval", "--tasks local_humaneval", "confirm_run_unsafe_code"),
+    Mistake("eval", "--batch_size 0", "--batch_size"),
+    Mistake("eval", "--limit 0", "--limit"),
+    Mistake("eval", "--num_fewshot -1", "--num_fewshot"),
+    Mistake("eval", "--verbosity LOUD", "--verbosity"),
+    Mistake("eval", "--include_path no/such", "--include_path"),
+    Mistake("eval", "--tasks local_topv2 --gen_kwargs num_beams=3", "num_beams"),
+    Mistake("eval", "--tasks local_topv2 --gen_kwargs max_gen_toks=512", "max_gen_toks"),
+    # Training
+    Mistake("train", "--max_steps 0", "--max_steps"),
+    Mistake("train", "--p_max 2", "--p_max"),
+    Mistake("train", "--held_out 0", "--held_out"),
+    Mistake("train", "--exit_layers 1 3", "--exit_layers"),
+    Mistake("train", "--early_exit_curriculum circular", "--early_exit_curriculum"),
+    Mistake("train", "--block_size 1", "--block_size"),
+    Mistake("train", "--block_size 5000", "--block_size"),
+    Mistake("train", "--num_layers 0", "--num_layers"),
+    Mistake("train", "--hidden_size 18", "--hidden_size"),
+    Mistake("train", "--num_heads 3 --hidden_size 18 --num_kv_heads 2", "--num_heads"),
+    Mistake("train", "--data_path no_such", "--data_path: no_such"),
+    Mistake("train", "--data_path BAD/empty_folder", "--data_path"),
+    Mistake("train", "--data_path BAD/texts.jsonl", "BAD/texts.jsonl:2"),
+    Mistake("train", "--data_path BAD/list.jsonl --text_field prompt", "BAD/list.jsonl:2"),
+    Mistake("train", "--data_path BAD/articles.jsonl", "BAD/articles.jsonl:1"),
+    Mistake("train", "--file_pattern *.txt", "--data_path"),
+    Mistake("train", "--file_pattern /abs", "--file_pattern"),
+    Mistake("train", "--model no/such/folder", "--model: no/such/folder"),
+    Mistake("train", "--config no/such/folder", "--config: no/such/folder"),
+    Mistake("train", "--config BAD/empty_folder --model BAD/empty_folder", "--config"),
+    Mistake("train", "--tokenizer BAD/empty_folder", "--tokenizer: BAD/empty_folder"),
+    Mistake("train", "--recommend_samples -1", "--recommend_samples"),
+    Mistake("train", "--recommend_tokens 0", "--recommend_tokens"),
+    Mistake("train", "--hub_dataset no/such/folder/", "--hub_dataset: no/such/folder"),
+    Mistake("train", "--dataset human_eval", "--dataset human_eval"),
+    Mistake("train", "--resume_from_checkpoint BAD/empty_folder", "--resume_from_checkpoint: BAD/empty_folder"),
     # Results
     Mistake(ALL, "--output_dir BAD/a_file", "BAD/a_file"),
     Mistake(ALL, "--output_dir BAD/a_file/logs", "BAD/a_file"),
@@ -158,6 +243,12 @@ def bad(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
         (path / name).write_bytes(content)
     (path / "a_file").write_text("precious")
     (path / "empty_folder").mkdir()
+    (path / "texts").mkdir()
+    for number in range(6):
+        (path / "texts" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 8)
+    for name, rows in EVAL_DATA.items():
+        (path / "eval_data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / "eval_data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, damaged, content in (
         ("truncated_config", "config.json", '{"model_type": "lla'),
         ("empty_weights", "model.safetensors", ""),
@@ -180,30 +271,47 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_mistake_gets_one_sentence_and_loses_nothing(
     script: str,
     mistake: Mistake,
-    run: Callable[..., int],
-    bad: Path,
-    rows: Path,
-    tmp_path: Path,
+    places: dict[str, Path],
+    run_script: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Exit code 2; the sentence is the last line of standard error. Earlier results stay as they are."""
-    logs = tmp_path / "logs"
+    logs, bad = places["TMP"] / "logs", places["BAD"]
     logs.mkdir()
     for name in chain.from_iterable((f"{script}.json", f"{script}.jsonl") for script in SCRIPTS):
         (logs / name).write_text('{"arguments": {}}\n')
     before = contents(logs) | contents(bad)
-    flags = mistake.flags.replace("BAD", str(bad)).split()
-    source = ["--prompt", "x"] if script == "generate" else ["--data_path", rows]
-    if not {"--prompt", "--prompt_file", "--data_path", "--dataset"} & set(flags):
-        flags += source
-    assert run(SCRIPTS[script].main, *flags, *([] if "--max_steps" in flags else ["--max_steps", 2])) == 2
-    said = capsys.readouterr().err
+    source = "" if SOURCES & set(mistake.flags.split()) else SOUND_SOURCE[script]
+    sound = f"{source} {SOUND_MODEL[script]} --output_dir TMP/logs --max_steps 2"
+    flags = placed(f"{sound} {mistake.flags}", places).split()
+    assert run_script(SCRIPTS[script].main, *flags) == 2
+    # lm-eval closes the line of its progress bar after the sentence.
+    said = re.sub(r"\r[^\r\n]*it/s\]", "", capsys.readouterr().err)
     assert "Traceback" not in said
-    [sentence] = [line for line in said.splitlines() if "error: " in line]
+    *before_it, sentence = [line for line in said.splitlines() if line.strip()]
     assert sentence.startswith("error: ")
-    assert said.endswith(sentence + "\n")
-    assert mistake.named.replace("BAD", str(bad)) in sentence
-    assert contents(logs) | contents(bad) == before
+    assert not [line for line in before_it if "error: " in line]
+    assert placed(mistake.named, places) in sentence
+    after = contents(logs) | contents(bad)
+    assert before.items() <= after.items()
+    # Training writes its tokenizer first, so that a run that is stopped leaves all that its checkpoints need.
+    assert script == "train" or after == before
+
+
+def placed(text: str, places: dict[str, Path]) -> str:
+    """The text with the names of places replaced by paths."""
+    for name, path in places.items():
+        text = text.replace(name, str(path))
+    return text
+
+
+@pytest.fixture
+def places(bad: Path, folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """What stands in flags for a path; lm-eval neither lists its own tasks, which takes seconds, nor sets up logs."""
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(bad / "empty_folder" / "manager.py"))
+    # Its handler would outlive the standard error that pytest gives a test.
+    monkeypatch.setattr("lm_eval.utils.setup_logging", lambda level: None)
+    return {"BAD": bad, "ROWS": rows, "TMP": tmp_path, "MODEL": folder}
 
 
 def test_the_corpus_is_walked_by_every_script() -> None:
