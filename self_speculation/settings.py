@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Files that whoever began the program has opened for it: a pipe, or a shell's <(command).
-OPEN_FILES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/fd/", "/proc/self/fd/")
 
 
 @dataclass(frozen=True)

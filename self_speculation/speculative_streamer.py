@@ -24,6 +24,7 @@ from rich.text import Text
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationResult, RowStep
 from self_speculation.terminal import harmless
+from self_speculation.writing import naming
 
 TAB_CELLS = 8
 PICTURE_CELLS = 100
@@ -138,7 +139,8 @@ def export_svg(prompt_text: str, result: GenerationResult, stop_rule: StopRule, 
     for line in lines:
         for row in _rows_of(line, width):
             console.print(row)
-    console.save_svg(str(path), title=harmless(title), theme=MONOKAI)
+    with naming(path):
+        console.save_svg(str(path), title=harmless(title), theme=MONOKAI)
 
 
 class _GrowingAnswer:

@@ -47,7 +47,7 @@ class GenerateArguments(Settings):
         super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other.")
-        if self.export_svg is not None and not Path(self.export_svg).parent.is_dir():
+        if self.export_svg is not None and not regular_file("export_svg", self.export_svg).parent.is_dir():
             raise ValueError(f"--export_svg {self.export_svg}: there is no such folder.")
 
     def make_streamer(self) -> StepStreamer | None:

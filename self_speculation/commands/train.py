@@ -28,6 +28,8 @@ from self_speculation.training.packing import PackedTexts, Packing, StreamedText
 from self_speculation.training.responses import Responses, collate
 from self_speculation.training.trainer import LayerSkipTrainer
 
+# NumPy's, which the Trainer seeds too.
+MOST_SEED = 2**32 - 1
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
 
@@ -51,6 +53,18 @@ class RunArguments(Settings):
 def only_evaluates(training: TrainingArguments) -> bool:
     """`--do_eval True` alone; beside `--do_train` or `--eval_strategy` it is for evaluation while training."""
     return training.do_eval and not training.do_train and training.eval_strategy == "no"
+
+
+def check(training: TrainingArguments) -> None:
+    """Refuse what transformers would only notice later, without a flag's name.
+
+    Raises:
+        ValueError: the sentence names the flag.
+    """
+    if not 0 <= training.seed <= MOST_SEED:
+        raise ValueError(f"--seed must be from 0 to {MOST_SEED}, not {training.seed}.")
+    if not training.output_dir:
+        raise ValueError("--output_dir must not be empty.")
 
 
 def make_trainer(
@@ -110,6 +124,7 @@ def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
         *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
     )
+    check(training)
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)

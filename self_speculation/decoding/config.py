@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from self_speculation.settings import Settings, setting
 
+# torch keeps seeds in 64 bits, with a sign.
+MOST_SEED = 2**63 - 1
+
 
 @dataclass
 class GenerationConfig(Settings):
@@ -48,6 +51,8 @@ class GenerationConfig(Settings):
         super().__post_init__()
         if self.sample and self.temperature <= 0:
             raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
+        if self.seed > MOST_SEED:
+            raise ValueError(f"--seed must be at most {MOST_SEED}, not {self.seed}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
         if "" in (self.stop_words or []):

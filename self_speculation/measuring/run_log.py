@@ -16,7 +16,7 @@ from self_speculation.writing import naming, write_text
 FREE_ARGUMENTS = ("resume", "verbose", "output_dir")
 
 # What a run writes after its name, and the number of a run that was set aside.
-FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.[a-z]+"
+FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.(json|jsonl|csv|md|png|pdf)"
 
 
 @dataclass(frozen=True)

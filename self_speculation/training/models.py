@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
-from self_speculation.settings import Settings, setting
+from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.training.tokenizer import train_tokenizer
 
 
@@ -62,9 +65,15 @@ class TrainedModelArguments(Settings):
         )
 
     def _read_config(self, own: dict[str, int | None]) -> LlamaConfig:
+        named = Path(self.config)
+        regular_file("config", named / CONFIG_NAME if named.is_dir() else named)
         try:
+            values, _ = LlamaConfig.get_config_dict(self.config)
+            if values.get("model_type", LlamaConfig.model_type) != LlamaConfig.model_type:
+                raise ValueError(f"it is a {values['model_type']}'s")
             return LlamaConfig.from_pretrained(self.config, **own)
-        except (OSError, ValueError) as error:
+        # A list in the place of an object has no `get`.
+        except (OSError, ValueError, AttributeError, RecursionError, StrictDataclassError) as error:
             raise ValueError(f"--config: {self.config} is not a Llama's configuration.") from error
 
 
