@@ -5,6 +5,7 @@ python eval.py --tasks local_topv2 --data_dir DATA --generation_strategy self_sp
 python eval.py --tasks local_arc_easy,local_wikitext --data_dir DATA --exit_layer all
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from self_speculation.harness.arguments import EvalArguments, EvalConfig
 from self_speculation.harness.caches import keep_caches_apart
 from self_speculation.harness.evaluation import Evaluation
 from self_speculation.harness.loaded_tasks import LoadedTasks
+from self_speculation.harness.logs import without_commands
 from self_speculation.harness.report import print_report
 from self_speculation.harness.result_files import described, save
 from self_speculation.loading import ModelArguments
@@ -36,6 +38,8 @@ def main() -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     is_first = int(os.environ.get("RANK", "0")) == 0
     lm_eval.utils.setup_logging(arguments.verbosity if is_first else "ERROR")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(without_commands)
     transformers.utils.logging.set_verbosity_error()  # It would warn of every prompt that is about to be shortened.
     tasks = LoadedTasks(arguments.tasks, arguments.include_path, arguments.data_dir)
     if arguments.check_integrity:
