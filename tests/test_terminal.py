@@ -24,6 +24,8 @@ ATTACK = "\x1b[2J\x1b]0;title\x07\x9b1A\u202egnp.exe\u2066x\u200f"
 SHOWN = "\ufffd[2J\ufffd]0;title\ufffd\ufffd1A\ufffdgnp.exe\ufffdx\ufffd"
 QUICK = Probes(bytes_per_second=lambda device: 1e10, live_bytes=lambda: 12345)
 
+Shown = Callable[[], tuple[io.StringIO, str]]
+
 
 class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
@@ -33,13 +35,20 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(params=[(Terminal, SHOWN), (io.StringIO, ATTACK)], ids=["terminal", "pipe"])
-def shown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[io.StringIO, str]:
-    """Standard output and error in one stream, and what of the attack it is to get."""
-    make, expected = request.param
-    stream = make()
-    monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream, expected
+def shown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """A function that makes one stream of standard output and error; returns it, and what of the attack it is to get.
+
+    A function, since pytest puts its own streams in place between a fixture and a test.
+    """
+
+    def begin() -> tuple[io.StringIO, str]:
+        make, expected = request.param
+        stream = make()
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream, expected
+
+    return begin
 
 
 @pytest.mark.parametrize(
@@ -57,8 +66,8 @@ def test_text_stays_as_it_is() -> None:
     assert harmless(text) == text
 
 
-def test_what_is_said(shown: tuple[io.StringIO, str]) -> None:
-    stream, expected = shown
+def test_what_is_said(shown: Shown) -> None:
+    stream, expected = shown()
     say(ATTACK)
     with pytest.raises(SystemExit):
         fail(ATTACK)
@@ -68,13 +77,13 @@ def test_what_is_said(shown: tuple[io.StringIO, str]) -> None:
 @pytest.mark.parametrize("streamer", ["none", "standard", "speculative"])
 def test_an_answer(
     streamer: str,
-    shown: tuple[io.StringIO, str],
+    shown: Shown,
     run: Callable[..., int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The log has all of it."""
-    stream, expected = shown
+    stream, expected = shown()
     monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda self, tokens, **_: ATTACK if len(tokens) else "")
     flags = ["--generation_strategy", "self_speculative", "--max_steps", 3, "--streamer", streamer]
     assert run(generate.main, "--prompt", "x", *flags) == 0
@@ -83,8 +92,8 @@ def test_an_answer(
     assert json.loads((tmp_path / "logs" / "generate.jsonl").read_text(encoding="utf-8"))["text"] == ATTACK
 
 
-def test_a_sample_in_full(shown: tuple[io.StringIO, str], run: Callable[..., int], tmp_path: Path) -> None:
-    stream, expected = shown
+def test_a_sample_in_full(shown: Shown, run: Callable[..., int], tmp_path: Path) -> None:
+    stream, expected = shown()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": ATTACK, "response": ATTACK}) + "\n")
     flags = ["--data_path", rows, "--max_steps", 2, "--verbose", "True", "--score_text", "False"]
@@ -93,8 +102,8 @@ def test_a_sample_in_full(shown: tuple[io.StringIO, str], run: Callable[..., int
     assert (ATTACK in stream.getvalue()) == (expected == ATTACK)
 
 
-def test_a_sentence_that_quotes_a_row(shown: tuple[io.StringIO, str], run: Callable[..., int], tmp_path: Path) -> None:
-    stream, expected = shown
+def test_a_sentence_that_quotes_a_row(shown: Shown, run: Callable[..., int], tmp_path: Path) -> None:
+    stream, expected = shown()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({ATTACK: 1}) + "\n")
     assert run(benchmark.main, "--data_path", rows) == 2
@@ -102,15 +111,15 @@ def test_a_sentence_that_quotes_a_row(shown: tuple[io.StringIO, str], run: Calla
     assert (ATTACK in stream.getvalue()) == (expected == ATTACK)
 
 
-def test_names_in_tables(shown: tuple[io.StringIO, str]) -> None:
-    stream, _ = shown
+def test_names_in_tables(shown: Shown) -> None:
+    stream, _ = shown()
     table = results_table({"results": {ATTACK: {"acc,none": 0.5}}, "n-shot": {}})
     Console(file=stream, markup=False, width=200, color_system=None).print(table)
     assert ("\u202e" in stream.getvalue()) == (not stream.isatty())
 
 
-def test_messages_of_the_log(shown: tuple[io.StringIO, str]) -> None:
-    stream, expected = shown
+def test_messages_of_the_log(shown: Shown) -> None:
+    stream, expected = shown()
     handler = logging.StreamHandler(stream)
     handler.addFilter(without_commands)
     handler.handle(logging.LogRecord("lm_eval", logging.INFO, "", 0, "row %s", (ATTACK,), None))
