@@ -1,6 +1,10 @@
 """Score a model with lm-evaluation-harness; see `self_speculation/commands/eval.py`."""
 
-from self_speculation.commands.eval import main
+from self_speculation.commands.ending import one_sentence_errors
+
+# Packages take seconds to import, and Ctrl-C may come meanwhile.
+with one_sentence_errors():
+    from self_speculation.commands.eval import main
 
 if __name__ == "__main__":
     main()

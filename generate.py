@@ -1,6 +1,10 @@
 """Generate text by any decoding strategy; see `self_speculation/commands/generate.py`."""
 
-from self_speculation.commands.generate import main
+from self_speculation.commands.ending import one_sentence_errors
+
+# Packages take seconds to import, and Ctrl-C may come meanwhile.
+with one_sentence_errors():
+    from self_speculation.commands.generate import main
 
 if __name__ == "__main__":
     main()

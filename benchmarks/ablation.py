@@ -40,7 +40,8 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.measuring.run_log import RunLog
@@ -315,7 +316,7 @@ def report(log: RunLog, ablation: Ablation) -> pd.DataFrame:
     return text
 
 
-@one_sentence_errors()
+@one_sentence_errors(go_on="What was measured is kept; the same command with --resume True goes on.")
 def main() -> None:
     arguments, sizes, both, output = groups = parse(
         AblationArguments, SmallModelArguments, LayerSkipArguments, OutputArguments, description=__doc__

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.contestants import Contestant, interleaved

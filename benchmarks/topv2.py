@@ -35,7 +35,8 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import interleaved
@@ -182,7 +183,7 @@ def load(
     return run.model(sizes, training_set(examples, tokenizer)), tokenizer
 
 
-@one_sentence_errors()
+@one_sentence_errors(go_on="What was measured is kept; the same command with --resume True goes on.")
 def main() -> None:
     arguments, sizes, layerskip, output = groups = parse(
         TopV2Arguments, SmallModelArguments, LayerSkipArguments, OutputArguments, description=__doc__

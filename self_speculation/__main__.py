@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 from self_speculation import __version__
+from self_speculation.commands.ending import one_sentence_errors
 
 VERBS = {
     "generate": "answer a prompt, or talk at the terminal",
@@ -42,7 +43,10 @@ def main() -> None:
 
 def _run(verb: str) -> None:
     try:
-        import_module(f"self_speculation.commands.{verb}").main()
+        # Packages take seconds to import, and Ctrl-C may come meanwhile.
+        with one_sentence_errors():
+            command = import_module(f"self_speculation.commands.{verb}")
+        command.main()
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(verb)
         if extra is None or (error.name or "").startswith("self_speculation"):

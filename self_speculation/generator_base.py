@@ -38,7 +38,8 @@ class GenerationResult:
     """An answer, and what a benchmark needs to know of it. Times are of the row's whole batch, in seconds.
 
     `first_token_seconds` ends with the first delivery of tokens and contains the prefill; `decode_seconds` begins
-    there. `prefill_seconds` is 0 where prefill and first tokens come as one.
+    there. `prefill_seconds` is 0 where prefill and first tokens come as one. `stop_reason` is None where the answer was
+    interrupted.
     """
 
     text: str = ""
@@ -48,6 +49,19 @@ class GenerationResult:
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: list[RowStep] = field(default_factory=list)
+
+    def collect(self, step: RowStep, seconds: float, is_prefill: bool) -> None:
+        """Add a step and the time that it took; the text is made at the end."""
+        self.stop_reason = self.stop_reason or step.stop_reason
+        if is_prefill:
+            self.prefill_seconds = seconds
+        if not self.steps:
+            self.first_token_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+        if step.tokens:
+            self.tokens += step.tokens
+            self.steps.append(step)
 
     @property
     def num_drafted(self) -> int:
@@ -249,7 +263,7 @@ class HuggingfaceLlamaGenerator:
             streamer.begin(request.prompts[0], request.stop_rule)
         for index, (step, seconds) in enumerate(self._timed_steps(request)):
             for result, row in zip(results, step.rows, strict=True):
-                _collect(result, row, seconds, is_prefill=index == 0)
+                result.collect(row, seconds, is_prefill=index == 0)
             if streamer is not None:
                 streamer.update(step.rows[0])
         for result in results:
@@ -272,16 +286,3 @@ class HuggingfaceLlamaGenerator:
             if step is None:
                 return
             yield step, time.perf_counter() - start if step.seconds is None else step.seconds
-
-
-def _collect(result: GenerationResult, row: RowStep, seconds: float, is_prefill: bool) -> None:
-    result.stop_reason = result.stop_reason or row.stop_reason
-    if is_prefill:
-        result.prefill_seconds = seconds
-    if not result.steps:
-        result.first_token_seconds += seconds
-    else:
-        result.decode_seconds += seconds
-    if row.tokens:
-        result.tokens += row.tokens
-        result.steps.append(row)

@@ -7,7 +7,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Real
+from pathlib import Path
 from typing import Any
+
+# Files that whoever began the program has opened for it: a pipe, or a shell's <(command).
+OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/fd/", "/proc/self/fd/")
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,16 @@ def shown(field: Field[Any], value: Any) -> Any:
 def by_flag(*groups: Any) -> dict[str, Any]:
     """All settings of some dataclasses by their flags' names, as files of results have them: without secrets."""
     return {flag_of(field): shown(field, getattr(group, field.name)) for group in groups for field in fields(group)}
+
+
+def regular_file(flag: str, path: str | Path) -> Path:
+    """The file that a flag names; what is piped to the program under a name of its own is taken for one.
+
+    Raises:
+        ValueError: reading it would wait for a writer, or never end.
+    """
+    file = Path(path)
+    is_given_open = file.is_fifo() and str(file).startswith(OPEN_FILES)
+    if file.exists() and not (file.is_file() or is_given_open):
+        raise ValueError(f"--{flag}: {file} is not a regular file.")
+    return file

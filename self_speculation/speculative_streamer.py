@@ -23,11 +23,11 @@ from rich.text import Text
 
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationResult, RowStep
+from self_speculation.terminal import harmless
+from self_speculation.writing import naming
 
 TAB_CELLS = 8
 PICTURE_CELLS = 100
-# What a terminal or XML would not take as text: control characters, exotic line breaks, noncharacters.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff]")
 # Regional indicators pair up to flags, soft hyphens may be invisible; other cases have no width of their own.
 DISPUTED_WIDTH = re.compile("[\xad\U0001f1e6-\U0001f1ff]")
 
@@ -90,7 +90,7 @@ class PlainTextStreamer:
         self.console.file.flush()
 
     def _print(self, text: str, style: Style) -> None:
-        self.console.file.write(_harmless(text) if self.is_terminal else text)
+        self.console.file.write(harmless(text) if self.is_terminal else text)
 
 
 class SpeculativeTextStreamer(PlainTextStreamer):
@@ -139,7 +139,8 @@ def export_svg(prompt_text: str, result: GenerationResult, stop_rule: StopRule, 
     for line in lines:
         for row in _rows_of(line, width):
             console.print(row)
-    console.save_svg(str(path), title=_harmless(title), theme=MONOKAI)
+    with naming(path):
+        console.save_svg(str(path), title=harmless(title), theme=MONOKAI)
 
 
 class _GrowingAnswer:
@@ -189,14 +190,14 @@ class _OpenLine:
 
     def write(self, text: str, style: Style) -> None:
         """Add text that stays."""
-        text = _expanded(_harmless(text), self.text)
+        text = _expanded(harmless(text), self.text)
         self.console.file.write(self._painted(text, style))
         self.text = (self.text + text).rpartition("\n")[2]
         self.last_style = style
 
     def draw(self, draft: str) -> None:
         """Show as much of a draft as can be erased again: its characters of known width that fit on the screen."""
-        draft = _expanded(_harmless(draft), self.text)
+        draft = _expanded(harmless(draft), self.text)
         known = "".join(takewhile(_has_known_width, draft)) if all(map(_has_known_width, self.text)) else ""
         prefixes = [known[:length] for length in range(len(known) + 1)]
         self.draft = prefixes[bisect_left(prefixes, self.console.height, key=self._rows_below) - 1]
@@ -226,11 +227,6 @@ class _OpenLine:
         return style.render(text, color_system=None if self.console.no_color else ColorSystem.STANDARD)
 
 
-def _harmless(text: str) -> str:
-    """`text` with the replacement character for everything that would not be shown as text."""
-    return UNPRINTABLE.sub("\ufffd", text)
-
-
 def _expanded(text: str, line: str) -> str:
     """`text`, which follows `line`, with spaces for its tabs."""
     first, *others = text.split("\t")
@@ -252,7 +248,7 @@ def _num_rows(text: str, width: int) -> int:
 
 def _append(text: Text, piece: str, style: Style) -> None:
     """Add a piece; rich's pictures give every character of a run one cell, so wide ones are runs of their own."""
-    piece = _expanded(_harmless(piece), text.plain)
+    piece = _expanded(harmless(piece), text.plain)
     spans = [(0, len(piece), 0)] if piece.isascii() else split_graphemes(piece)[0]
     for start, end, _ in spans:
         text.append(piece[start:end], style)

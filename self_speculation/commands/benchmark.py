@@ -19,7 +19,8 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
@@ -105,7 +106,7 @@ class BenchmarkConfig(GenerationConfig):
 GROUPS = (BenchmarkArguments, ModelArguments, DatasetArguments, BenchmarkConfig, OutputArguments)
 
 
-@one_sentence_errors()
+@one_sentence_errors(go_on="What was measured is kept; the same command with --resume True goes on.")
 def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> None:
     arguments, model_arguments, dataset, config, output = groups = parse(*GROUPS, description=__doc__)
     transformers.utils.logging.set_verbosity_error()

@@ -17,7 +17,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import Terminated, one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
@@ -25,6 +26,11 @@ from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag, setting
+from self_speculation.terminal import say
+from self_speculation.writing import write_text
+
+# What an interrupted check has found, beside the results of an earlier whole one.
+UNFINISHED = "correctness.unfinished.json"
 
 
 @dataclass
@@ -67,7 +73,7 @@ def numbers(flag: str, text: str | None, least: int) -> list[int]:
 GROUPS = (ModelArguments, DatasetArguments, CorrectnessConfig, OutputArguments)
 
 
-@one_sentence_errors()
+@one_sentence_errors(go_on=f"What was checked is in --output_dir, in {UNFINISHED}.")
 def main() -> None:
     model_arguments, dataset, config, output = parse(*GROUPS, description=__doc__)
     path = Path(output.output_dir) / "correctness.json"
@@ -82,18 +88,27 @@ def main() -> None:
     ]
     check = EquivalenceCheck(model, tokenizer, config.generation(), cells)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
-    examples = shorten(examples, check.baseline.count_tokens, limit)
-    batches = range(0, len(examples), config.batch_size)
-    with tqdm(total=len(batches) * len(cells), desc="Checking", unit="run") as progress:
-        for first in batches:
-            prompts = [example.prompt for example in examples[first : first + config.batch_size]]
-            for _ in check.run(prompts):
-                progress.update()
-                progress.set_postfix(differences=sum(len(cell.differences) for cell in cells))
+    prompts = [example.prompt for example in shorten(examples, check.baseline.count_tokens, limit)]
     settings = {"model": by_flag(model_arguments), "dataset": by_flag(dataset), "generation": by_flag(config)}
-    path.write_text(json.dumps(document(settings, cells), indent=1))
+    try:
+        run(check, prompts, config.batch_size)
+    except (KeyboardInterrupt, Terminated):
+        found = document(settings, cells) | {"is_correct": False}
+        write_text(path.with_name(UNFINISHED), json.dumps(found, indent=1))
+        raise
+    write_text(path, json.dumps(document(settings, cells), indent=1))
     report(cells, tokenizer, path)
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)
+
+
+def run(check: EquivalenceCheck, prompts: list[str], batch_size: int) -> None:
+    """Check every cell on all prompts, behind a progress bar."""
+    batches = range(0, len(prompts), batch_size)
+    with tqdm(total=len(batches) * len(check.cells), desc="Checking", unit="run") as progress:
+        for first in batches:
+            for _ in check.run(prompts[first : first + batch_size]):
+                progress.update()
+                progress.set_postfix(differences=sum(len(cell.differences) for cell in check.cells))
 
 
 def document(settings: dict[str, Any], cells: list[CellReport]) -> dict[str, Any]:
@@ -117,7 +132,7 @@ def report(cells: list[CellReport], tokenizer: PreTrainedTokenizerBase, path: Pa
     Console().print(table)
     for cell in cells:
         for difference in cell.differences:
-            print(f"E={cell.exit_layer} d={cell.num_speculations} {difference.sentence(tokenizer)}")
+            say(f"E={cell.exit_layer} d={cell.num_speculations} {difference.sentence(tokenizer)}")
     runs, ties, failures = (
         sum(values) for values in zip(*((c.num_samples, c.num_ties, c.num_failures) for c in cells), strict=True)
     )

@@ -5,6 +5,7 @@ python eval.py --tasks local_topv2 --data_dir DATA --generation_strategy self_sp
 python eval.py --tasks local_arc_easy,local_wikitext --data_dir DATA --exit_layer all
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import transformers
 from lm_eval.evaluator_utils import run_task_tests
 from lm_eval.loggers import EvaluationTracker
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.arguments import EvalArguments, EvalConfig
 from self_speculation.harness.caches import keep_caches_apart
 from self_speculation.harness.evaluation import Evaluation
 from self_speculation.harness.loaded_tasks import LoadedTasks
+from self_speculation.harness.logs import without_commands
 from self_speculation.harness.report import print_report
 from self_speculation.harness.result_files import described, save
 from self_speculation.loading import ModelArguments
@@ -28,13 +31,15 @@ from self_speculation.loading import ModelArguments
 GROUPS = (EvalArguments, ModelArguments, EvalConfig, OutputArguments)
 
 
-@one_sentence_errors()
+@one_sentence_errors(go_on="Answers are kept where --use_cache names a file; the same command then goes on from them.")
 def main() -> None:
     arguments, model_arguments, config, output = parse(*GROUPS, description=__doc__)
     output_dir = Path(output.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     is_first = int(os.environ.get("RANK", "0")) == 0
     lm_eval.utils.setup_logging(arguments.verbosity if is_first else "ERROR")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(without_commands)
     transformers.utils.logging.set_verbosity_error()  # It would warn of every prompt that is about to be shortened.
     tasks = LoadedTasks(arguments.tasks, arguments.include_path, arguments.data_dir)
     if arguments.check_integrity:

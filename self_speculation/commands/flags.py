@@ -2,8 +2,6 @@
 
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import Field, dataclass, fields
 from itertools import chain
@@ -15,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from self_speculation import __version__
+from self_speculation.commands.ending import fail
 from self_speculation.settings import Settings, flag_of, setting
 
 HELP_WIDTH = 100
@@ -29,12 +28,6 @@ class OutputArguments(Settings):
     output_dir: str = setting("./logs", help="Folder for results.")
 
 
-def fail(message: str) -> NoReturn:
-    """Say in one sentence what is wrong with the input, and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def parse(
     *dataclasses: type, rare: tuple[type, ...] = (), description: str | None = None, args: list[str] | None = None
 ) -> tuple[Any, ...]:
@@ -44,11 +37,21 @@ def parse(
     bad value is refused.
     """
     given = sys.argv[1:] if args is None else args
+    _check_characters(given)
     parser = _Parser(dataclasses, rare, shows_rare="--help_all" in given, description=description)
     try:
         return parser.parse_args_into_dataclasses(args=args)
     except ValueError as error:
         fail(str(error))
+
+
+def _check_characters(given: list[str]) -> None:
+    """Refuse what is not text in the terminal's encoding: tokenizers and files of results would not take it."""
+    flag = "the command line"
+    for word in given:
+        flag = word if word.startswith("--") else flag
+        if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            fail(f"{ascii(flag)[1:-1]}: {word!a} is not {sys.getfilesystemencoding()} text.")
 
 
 class _Parser(HfArgumentParser):
@@ -136,17 +139,6 @@ def _as_flag(field: Field[Any], kind: Any) -> Field[Any]:
     return own
 
 
-@contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """Turn what a user can cause (bad values, unreadable files) into one sentence and exit code 2."""
-    try:
-        yield
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
-    except ValueError as error:
-        fail(str(error))
-
-
 def with_recipe(folder: Path, args: list[str]) -> list[str]:
     """The flags of the recipe that `--recipe` names, if it names one, and then those given, which so win.
 
@@ -162,7 +154,8 @@ def with_recipe(folder: Path, args: list[str]) -> list[str]:
         fail(f"--recipe must be one of {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}, not {name}.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # A ValueError is of bytes that are not UTF-8, or of a date or number that YAML allows and Python does not.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"--recipe: {path} is not valid YAML.") from error
     if not isinstance(values, dict):
         raise ValueError(f"--recipe: {path} is not a mapping of flags to values.")

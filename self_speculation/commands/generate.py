@@ -14,14 +14,17 @@ from typing import Literal
 
 from rich.console import Console
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
-from self_speculation.commands.interactive import InterruptKey, KeyCheckingStreamer, read_prompts
+from self_speculation.commands.ending import Terminated, one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.commands.interactive import InterruptKey, KeepingStreamer, is_conversation, read_prompts
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
 from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
 from self_speculation.measuring.rivals import RIVALS
-from self_speculation.settings import Settings, setting
+from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 from self_speculation.strategies import fill_in, make_strategy
+from self_speculation.terminal import say
+from self_speculation.writing import naming
 
 # How long a draft stays on the terminal, so that an eye can see it; no measured time includes it.
 DRAFT_SECONDS = 0.02
@@ -44,7 +47,7 @@ class GenerateArguments(Settings):
         super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other.")
-        if self.export_svg is not None and not Path(self.export_svg).parent.is_dir():
+        if self.export_svg is not None and not regular_file("export_svg", self.export_svg).parent.is_dir():
             raise ValueError(f"--export_svg {self.export_svg}: there is no such folder.")
 
     def make_streamer(self) -> StepStreamer | None:
@@ -56,11 +59,16 @@ class GenerateArguments(Settings):
             return PlainTextStreamer(shows_prompt=shows_prompt)
         return SpeculativeTextStreamer(shows_prompt=shows_prompt, pause_seconds=DRAFT_SECONDS)
 
+    @property
+    def is_conversation(self) -> bool:
+        """Whether prompts are typed, one after another."""
+        return self.prompt is None and self.prompt_file is None and is_conversation()
+
     def prompts(self) -> Iterator[str]:
         """The prompt of the command line, or those of standard input."""
         if self.prompt_file is not None:
             try:
-                yield Path(self.prompt_file).read_text(encoding="utf-8")
+                yield regular_file("prompt_file", self.prompt_file).read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"--prompt_file: {self.prompt_file} is not UTF-8 text.") from error
         elif self.prompt is not None:
@@ -71,19 +79,20 @@ class GenerateArguments(Settings):
 
 def answer(
     generator: HuggingfaceLlamaGenerator, prompt: str, config: GenerationConfig, streamer: StepStreamer | None
-) -> GenerationResult | None:
-    """Answer one prompt on standard output; None if Ctrl-C ended it."""
+) -> tuple[GenerationResult, BaseException | None]:
+    """Answer one prompt on standard output; with what ended it, if Ctrl-C or SIGTERM did, there is only a part."""
     key = InterruptKey()
-    shown = KeyCheckingStreamer(streamer, key)
+    kept = KeepingStreamer(streamer, key)
+    interruption = None
     try:
         with key.listening():
-            [result] = generator.generate([prompt], config, shown)
-    except KeyboardInterrupt:
-        shown.end()
-        return None
+            [result] = generator.generate([prompt], config, kept)
+    except (KeyboardInterrupt, Terminated) as error:
+        result, interruption = kept.result, error
+        kept.end()
     if streamer is None:
-        print(result.text)
-    return result
+        say(result.text)
+    return result, interruption
 
 
 def summary(result: GenerationResult, num_prompt_tokens: int) -> str:
@@ -96,12 +105,12 @@ def summary(result: GenerationResult, num_prompt_tokens: int) -> str:
     if result.acceptance_rate is not None:
         parts.append(f"acceptance {result.acceptance_rate:.1%}")
     parts.append(f"{result.tokens_per_step:.2f} tokens per step")
-    return " · ".join([*parts, f"stopped by {result.stop_reason}"])
+    return " · ".join([*parts, f"stopped by {result.stop_reason}" if result.stop_reason else "interrupted"])
 
 
 def save(result: GenerationResult, prompt: str, path: Path) -> None:
     """Append the answer to a file of JSON lines."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": prompt, **asdict(result)}, ensure_ascii=False) + "\n")
 
 
@@ -120,7 +129,9 @@ def describe(config: GenerationConfig, advice: Recommendation) -> str:
 GROUPS = (GenerateArguments, ModelArguments, GenerationConfig, OutputArguments)
 
 
-@one_sentence_errors()
+@one_sentence_errors(
+    go_on="Answers so far are in --output_dir, in generate.jsonl.", lower="--max_steps or --num_speculations"
+)
 def main() -> None:
     """Answer what the flags or the terminal ask; under `torchrun` the first process does."""
     if int(os.environ.get("RANK", "0")) > 0:
@@ -136,15 +147,23 @@ def main() -> None:
     note(describe(config, advice), style="dim")
     streamer = arguments.make_streamer()
     for prompt in arguments.prompts():
-        result = answer(generator, prompt, config, streamer)
-        if result is None:
-            note("interrupted", style="dim")
+        try:
+            num_prompt_tokens = len(generator.encode(prompt))
+        except ValueError as error:
+            if not arguments.is_conversation:
+                raise
+            note(f"error: {error}")
             continue
-        save(result, prompt, log)
-        if arguments.export_svg:
-            stop_rule = generator.stop_rule(config)
-            export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
-        note(summary(result, len(generator.encode(prompt))), style="bold")
+        result, interruption = answer(generator, prompt, config, streamer)
+        if result.tokens or not interruption:
+            save(result, prompt, log)
+            if arguments.export_svg:
+                stop_rule = generator.stop_rule(config)
+                export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
+        note(summary(result, num_prompt_tokens), style="bold")
+        # In a conversation Ctrl-C ends only the answer.
+        if interruption and not (arguments.is_conversation and isinstance(interruption, KeyboardInterrupt)):
+            raise interruption
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import os
 import select
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from self_speculation.decoding.stopping import StopRule
-from self_speculation.generator_base import RowStep, StepStreamer
+from self_speculation.generator_base import GenerationResult, RowStep, StepStreamer
 
 if sys.platform != "win32":
     import termios
@@ -17,12 +18,20 @@ INTERRUPT = b"\x03"
 
 def read_prompts() -> Iterator[str]:
     """Prompts from standard input: all of it if it is piped, else one after another until an empty Ctrl-D."""
-    if not sys.stdin.isatty():
-        yield sys.stdin.read().removesuffix("\n")
-        return
-    while (prompt := _read_prompt()) is not None:
-        if prompt.strip():
-            yield prompt
+    try:
+        if not is_conversation():
+            yield sys.stdin.read().removesuffix("\n")
+            return
+        while (prompt := _read_prompt()) is not None:
+            if prompt.strip():
+                yield prompt
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {error.encoding} text: --prompt_file takes a file.") from error
+
+
+def is_conversation() -> bool:
+    """Whether somebody types the prompts."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read_prompt() -> str | None:
@@ -70,23 +79,31 @@ class InterruptKey:
                 raise KeyboardInterrupt
 
 
-class KeyCheckingStreamer:
-    """Passes steps on to a streamer, if there is one, and lets Ctrl-C through between them."""
+class KeepingStreamer:
+    """Passes steps on to a streamer, if there is one, lets Ctrl-C through between them, and keeps the answer so far."""
 
     def __init__(self, streamer: StepStreamer | None, key: InterruptKey) -> None:
         self.streamer = streamer
         self.key = key
+        self.result = GenerationResult()
 
     def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
         """An answer begins."""
+        self.stop_rule = stop_rule
+        self.num_updates = 0
+        self.resumed_at = time.perf_counter()
         if self.streamer:
             self.streamer.begin(prompt, stop_rule)
 
     def update(self, step: RowStep) -> None:
         """One more step has been decided."""
+        self.result.collect(step, time.perf_counter() - self.resumed_at, is_prefill=self.num_updates == 0)
+        self.result.text = self.stop_rule.text(self.result.tokens, finished=True)
+        self.num_updates += 1
         if self.streamer:
             self.streamer.update(step)
         self.key.check()
+        self.resumed_at = time.perf_counter()
 
     def end(self) -> None:
         """The answer is complete."""

@@ -19,7 +19,8 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from self_speculation.commands.flags import OutputArguments, one_sentence_errors, parse
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.cell import Cell
@@ -106,7 +107,10 @@ class SweepConfig(GenerationConfig):
 GROUPS = (SweepArguments, ModelArguments, DatasetArguments, SweepConfig, OutputArguments)
 
 
-@one_sentence_errors()
+@one_sentence_errors(
+    go_on="What was measured is kept; the same command with --resume True goes on.",
+    lower="--max_steps or --max_prompt_tokens",
+)
 def main() -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         return

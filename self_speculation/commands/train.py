@@ -12,7 +12,8 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HOME
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
+from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.commands.training_sets import Sizes, TrainingSets, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
@@ -27,6 +28,8 @@ from self_speculation.training.packing import Packing, StreamedTexts
 from self_speculation.training.responses import collate
 from self_speculation.training.trainer import LayerSkipTrainer
 
+# NumPy's, which the Trainer seeds too.
+MOST_SEED = 2**32 - 1
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
 
@@ -50,6 +53,18 @@ class RunArguments(Settings):
 def only_evaluates(training: TrainingArguments) -> bool:
     """`--do_eval True` alone; beside `--do_train` or `--eval_strategy` it is for evaluation while training."""
     return training.do_eval and not training.do_train and training.eval_strategy == "no"
+
+
+def check(training: TrainingArguments) -> None:
+    """Refuse what transformers would only notice later, without a flag's name.
+
+    Raises:
+        ValueError: the sentence names the flag.
+    """
+    if not 0 <= training.seed <= MOST_SEED:
+        raise ValueError(f"--seed must be from 0 to {MOST_SEED}, not {training.seed}.")
+    if not training.output_dir:
+        raise ValueError("--output_dir must not be empty.")
 
 
 def make_trainer(
@@ -102,11 +117,15 @@ GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments
 RARE = (TrainingArguments,)
 
 
-@one_sentence_errors()
+@one_sentence_errors(
+    go_on="Checkpoints are kept; the same command with --resume_from_checkpoint True goes on from the newest.",
+    lower="--per_device_train_batch_size or --block_size",
+)
 def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
         *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
     )
+    check(training)
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)

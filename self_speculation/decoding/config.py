@@ -7,6 +7,8 @@ from self_speculation.settings import Settings, setting
 
 # Every step searches the whole answer for them.
 MAX_STOP_WORD = 10_000
+# torch keeps seeds in 64 bits, with a sign.
+MOST_SEED = 2**63 - 1
 
 
 @dataclass
@@ -51,6 +53,8 @@ class GenerationConfig(Settings):
         super().__post_init__()
         if self.sample and self.temperature <= 0:
             raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
+        if self.seed > MOST_SEED:
+            raise ValueError(f"--seed must be at most {MOST_SEED}, not {self.seed}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
         self._check_stop_words(self.stop_words or [])

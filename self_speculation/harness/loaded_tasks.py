@@ -31,6 +31,13 @@ class LoadedTasks(TaskManager):
             self.loaded = super().load(self.names)
         except ImportError as error:
             raise ValueError(f"--tasks: a package that {', '.join(names)} needs is missing: {error}.") from error
+        except (OSError, ValueError):
+            raise
+        # What is wrong with rows or with a task's file shows as errors of many kinds, of lm-eval and of datasets.
+        except Exception as error:
+            raise ValueError(
+                f"--tasks: {', '.join(names)} cannot be loaded from its rows and its file ({error})."
+            ) from error
 
     def load(self, task_list: Any) -> Any:
         """What was loaded already."""

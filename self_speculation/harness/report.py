@@ -10,6 +10,7 @@ from rich.table import Table
 
 from self_speculation.harness.exits_picture import plot_exits
 from self_speculation.harness.task_metrics import Results, main_metrics, metrics
+from self_speculation.terminal import shown_on
 
 SPEED_COLUMNS = {
     "answers": ("answers", "{:.0f}"),
@@ -24,14 +25,14 @@ SPEED_COLUMNS = {
 
 def print_report(results: Results, path: Path) -> None:
     """Tables, where the files are, and as the last line all figures as one JSON object."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     console.print(results_table(results))
     speed = speed_table(results)
     if speed is not None:
         console.print(speed)
     for name, count in results["shortened_prompts"].items():
         if count:
-            console.print(f"{name}: {count} prompts were shortened to fit the model's context.")
+            console.print(f"{shown_on(sys.stdout, name)}: {count} prompts were shortened to fit the model's context.")
     if "exit_layers" in results:
         console.print(exits_table(results))
         picture = path.with_name(path.stem.replace("results", "exits") + ".png")
@@ -46,9 +47,10 @@ def results_table(results: Results) -> Table:
     table = Table("task", "shots", "documents", "metric", "value")
     for name, own in results["results"].items():
         for index, metric in enumerate(metrics(own)):
-            task = (name, str(results["n-shot"].get(name, "")), str(own.get("sample_len", "")))
+            task = (shown_on(sys.stdout, name), str(results["n-shot"].get(name, "")), str(own.get("sample_len", "")))
             name_and_filter = metric.name if metric.filter == "none" else f"{metric.name} ({metric.filter})"
-            table.add_row(*(task if index == 0 else ("", "", "")), name_and_filter, str(metric))
+            own_name = shown_on(sys.stdout, name_and_filter)
+            table.add_row(*(task if index == 0 else ("", "", "")), own_name, str(metric))
     return table
 
 
@@ -57,14 +59,17 @@ def speed_table(results: Results) -> Table | None:
     shown = [key for key in SPEED_COLUMNS if any(key in own for own in results["speed"].values())]
     table = Table("task", *(SPEED_COLUMNS[key][0] for key in shown))
     for name, own in results["speed"].items():
-        table.add_row(name, *(SPEED_COLUMNS[key][1].format(own[key]) if key in own else "" for key in shown))
+        table.add_row(
+            shown_on(sys.stdout, name), *(SPEED_COLUMNS[key][1].format(own[key]) if key in own else "" for key in shown)
+        )
     return table if shown else None
 
 
 def exits_table(results: Results) -> Table:
     """Each task's main metric at every exit layer."""
     shown = main_metrics(results)
-    table = Table("exit layer", *(f"{name}\n{key.partition(',')[0]}" for name, key in shown.items()))
+    heads = (f"{name}\n{key.partition(',')[0]}" for name, key in shown.items())
+    table = Table("exit layer", *(shown_on(sys.stdout, head) for head in heads))
     for exit_layer, own in sorted(results["exit_layers"].items()):
         found = [next(metric for metric in metrics(own[name]) if metric.key == key) for name, key in shown.items()]
         table.add_row(str(exit_layer), *map(str, found))

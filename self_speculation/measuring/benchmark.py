@@ -23,6 +23,7 @@ from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.example import Example
+from self_speculation.terminal import shown_on
 
 # What a speed-up is over: the first of these that was measured.
 BASELINES = ("autoregressive", "hf_generate")
@@ -69,7 +70,8 @@ class Benchmark:
                 answers = self._measure(repeat, batch)
                 if verbose:
                     for row, sample in enumerate(batch):
-                        progress.write(as_text(self.examples[sample], _row(answers, row)), file=sys.stdout)
+                        text = as_text(self.examples[sample], _row(answers, row))
+                        progress.write(shown_on(sys.stdout, text), file=sys.stdout)
                 for name, measurements in answers.items():
                     live[name].measurements += measurements
                 progress.set_postfix_str(", ".join(f"{name} {live_figures(live[name])}" for name in live))

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from self_speculation.writing import naming, write_text
+
 # Arguments that may differ between a run and its resumption.
 FREE_ARGUMENTS = ("resume", "verbose", "output_dir")
 
 # What a run writes after its name, and the number of a run that was set aside.
-FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.[a-z]+"
+FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.(json|jsonl|csv|md|png|pdf)"
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,15 @@ class RunLog:
     def write(self, document: dict[str, Any]) -> None:
         """Replace the document."""
         unfinished = self.document.with_suffix(".json.incomplete")
-        unfinished.write_text(
-            json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        write_text(unfinished, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         unfinished.replace(self.document)
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line, in one write, so that lines of several processes do not mix."""
         file = os.open(self.log, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(file, (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            with naming(self.log):
+                os.write(file, (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
         finally:
             os.close(file)
 

@@ -5,6 +5,7 @@ A row comes with its place, which is how an error names it: the file, and the li
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,11 @@ from self_speculation.prompts.words import word_spans
 
 # A longer text file is read in windows of this many words.
 WINDOW_WORDS = 2000
+# What Python raises for valid JSON that it does not take: numbers of thousands of digits, deep nesting.
+LIMITS = (ValueError, RecursionError)
+
+# JSON can escape halves of characters, which no encoding and no tokenizer takes.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 Row = dict[str, Any]
 PlacedRow = tuple[str, Row]
@@ -23,6 +29,8 @@ def text_field(row: Row, name: str, where: str) -> str:
     """A row's field, which must be a string."""
     if not isinstance(row.get(name), str):
         raise ValueError(f"{where} has no text field {name!r}; it has {', '.join(row) or 'no fields'}.")
+    if HALF_CHARACTER.search(row[name]):
+        raise ValueError(f"{where} has half a character, an unpaired surrogate, in its field {name!r}.")
     return row[name]
 
 
@@ -72,6 +80,8 @@ def _json_rows(path: Path) -> Iterator[PlacedRow]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno} is not valid JSON: {error.msg}.") from error
+    except LIMITS as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: row {number} is not a JSON object.")
@@ -123,6 +133,8 @@ def _json_object(line: str, where: str) -> Row:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error.msg}.") from error
+    except LIMITS as error:
+        raise ValueError(f"{where} cannot be read as JSON: {error}.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not a JSON object.")
     return row

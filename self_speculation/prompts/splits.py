@@ -8,6 +8,7 @@ from pathlib import Path
 from self_speculation.prompts.arguments import DatasetArguments, DatasetName
 from self_speculation.prompts.formats import DATASETS, Dataset
 from self_speculation.prompts.readers import READERS, Row, table_rows, text_windows
+from self_speculation.settings import regular_file
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "examples.jsonl"
 # How the files of a split are called, best first: for the prompts, for the shots, and to evaluate a training on.
@@ -84,9 +85,10 @@ def _files(flag: str, path: str, dataset: Dataset) -> list[Path]:
     if not root.exists():
         raise ValueError(f"--{flag}: {root} does not exist.")
     if not root.is_dir():
-        return [root]
+        return [regular_file(flag, root)]
     suffixes = [".txt"] if dataset.is_text else list(READERS)
-    files = sorted((file for file in root.iterdir() if file.suffix.lower() in suffixes), key=lambda file: file.name)
+    found = (regular_file(flag, file) for file in root.iterdir() if file.suffix.lower() in suffixes)
+    files = sorted(found, key=lambda file: file.name)
     if not files:
         raise ValueError(f"--{flag}: {root} has no file of {', '.join(suffixes)}.")
     return files

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from self_speculation.pretrained import DamagedCheckpointError, Pretrained
-from self_speculation.settings import Settings, setting
+from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.training.tokenizer import train_tokenizer
 
 # What the configuration of a Llama calls its family.
@@ -86,6 +88,8 @@ def model_to_train(
 
 def _read_config(source: str, own: dict[str, Any]) -> LlamaConfig:
     """The configuration that `--config` names, with a new model's own values in the place of its."""
+    named = Path(source)
+    regular_file("config", named / CONFIG_NAME if named.is_dir() else named)
     try:
         values, _ = LlamaConfig.get_config_dict(source)
         if values.get("model_type", FAMILY) != FAMILY:

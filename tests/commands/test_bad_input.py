@@ -1,6 +1,7 @@
 """What a user can get wrong: one sentence that names the flag or the file, exit code 2, and nothing lost."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -45,6 +46,15 @@ FILES: dict[str, bytes] = {
     "no_turns.jsonl": b'{"messages": "hello"}\n',
     "articles.jsonl": b'{"article": "too short", "highlights": "a"}\n',
     "texts.jsonl": b'{"text": "good"}\n{"text": "bad\n',
+    "deep.jsonl": b"[" * 100_000 + b"\n",
+    "deep.json": b"[" * 100_000,
+    "digits.jsonl": b'{"prompt": ' + b"9" * 5000 + b"}\n",
+    "digits.json": b'[{"prompt": ' + b"9" * 5000 + b"}]",
+    "half_character.jsonl": b'{"prompt": "a\\ud800", "response": "b", "text": "a\\ud800"}\n',
+    "date.yaml": b"max_steps: 2020-13-45\n",
+    "deep.yaml": b"[" * 5000,
+    "word.json": b'{"num_hidden_layers": "many"}',
+    "gpt2.json": b'{"model_type": "gpt2"}',
 }
 # Rows that `eval` finds nothing wrong with, by file of its `--data_dir`.
 CHOICE = {"question": "a", "choices": ["b", "c"], "label": 0}
@@ -55,6 +65,12 @@ EVAL_DATA = {
     "topv2/train.jsonl": [PARSE | {"utterance": str(number)} for number in range(8)],
     "topv2/test.jsonl": [PARSE],
     "humaneval/HumanEval.jsonl": [PROGRAM],
+}
+# Files of one row, by the folder that they are the `multiple_choice/piqa.jsonl` of.
+BAD_CHOICES = {
+    "eval_half_character": json.dumps(CHOICE | {"question": "\ud800"}),
+    "eval_no_rows": "",
+    "eval_no_such_choice": json.dumps(CHOICE | {"label": 7}),
 }
 # What each script is run with besides the mistake, which comes last and so wins: where its prompts or texts are …
 SOUND_SOURCE = {
@@ -126,6 +142,10 @@ MISTAKES = [
     Mistake(RUNS, "--repeats -1", "--repeats"),
     Mistake("benchmark", "--execute_code True", "--execute_code"),
     Mistake("generate", "--streamer loud", "--streamer"),
+    Mistake(EVERY, "--model caf\udce9", "--model"),
+    Mistake(ALL, "--output_dir caf\udce9", "--output_dir"),
+    Mistake("generate", "--prompt caf\udce9", "--prompt"),
+    Mistake(ALL, "--seed " + "9" * 30, "--seed"),
     # Models
     Mistake(DECODE, "--model no/such/folder", "--model no/such/folder"),
     Mistake(DECODE, "--model BAD/empty_folder", "--model"),
@@ -145,7 +165,18 @@ MISTAKES = [
     Mistake("generate", "--prompt_file BAD/binary.jsonl", "--prompt_file"),
     Mistake("generate", "--prompt x --prompt_file y", "--prompt_file"),
     Mistake("generate", "--prompt " + "x" * 400, "context"),
+    Mistake("generate", "--prompt_file BAD/a_pipe", "--prompt_file: BAD/a_pipe"),
+    Mistake("generate", "--prompt_file /dev/zero", "--prompt_file: /dev/zero"),
     # Data
+    Mistake(DATA, "--data_path BAD/a_pipe", "--data_path: BAD/a_pipe"),
+    Mistake(DATA, "--data_path /dev/zero", "--data_path: /dev/zero"),
+    Mistake("benchmark", "--data_path BAD/folder_of_pipes", "BAD/folder_of_pipes/test.jsonl"),
+    Mistake("benchmark", "--n_shot 1 --data_path ROWS --shots_path BAD/a_pipe", "--shots_path: BAD/a_pipe"),
+    Mistake("benchmark", "--data_path BAD/deep.jsonl", "BAD/deep.jsonl:1"),
+    Mistake("benchmark", "--data_path BAD/deep.json", "BAD/deep.json"),
+    Mistake("benchmark", "--data_path BAD/digits.jsonl", "BAD/digits.jsonl:1"),
+    Mistake("benchmark", "--data_path BAD/digits.json", "BAD/digits.json"),
+    Mistake(DATA, "--data_path BAD/half_character.jsonl", "BAD/half_character.jsonl:1"),
     Mistake(DATA, "--dataset poems", "--dataset"),
     Mistake("benchmark", "--dataset chat_format", "--data_path"),
     Mistake(DATA, "--data_path no_such.jsonl", "--data_path: no_such.jsonl"),
@@ -197,7 +228,25 @@ MISTAKES = [
     Mistake("eval", "--include_path no/such", "--include_path"),
     Mistake("eval", "--tasks local_topv2 --gen_kwargs num_beams=3", "num_beams"),
     Mistake("eval", "--tasks local_topv2 --gen_kwargs max_gen_toks=512", "max_gen_toks"),
+    Mistake("eval", "--data_dir BAD/eval_pipes", "BAD/eval_pipes/multiple_choice/piqa.jsonl"),
+    Mistake("eval", "--data_dir BAD/eval_half_character", "--data_dir"),
+    Mistake("eval", "--data_dir BAD/eval_no_rows", "--tasks"),
+    Mistake("eval", "--data_dir BAD/eval_no_such_choice", "--tasks"),
     # Training
+    Mistake("train", "--data_path BAD/a_pipe", "--data_path"),
+    Mistake("train", "--data_path BAD/half_character.jsonl", "BAD/half_character.jsonl:1"),
+    Mistake("train", "--dataset top_v2 --data_path BAD/a_pipe", "--data_path: BAD/a_pipe"),
+    Mistake("train", "--config BAD/a_pipe", "--config: BAD/a_pipe"),
+    Mistake("train", "--config /dev/zero", "--config: /dev/zero"),
+    Mistake("train", "--config BAD/deep.json", "--config: BAD/deep.json"),
+    Mistake("train", "--config BAD/list.json", "--config: BAD/list.json"),
+    Mistake("train", "--config BAD/word.json", "--config: BAD/word.json"),
+    Mistake("train", "--config BAD/gpt2.json", "--config: BAD/gpt2.json"),
+    Mistake("train", "--recipe BAD/a_pipe", "--recipe"),
+    Mistake("train", "--recipe BAD/date.yaml", "--recipe: BAD/date.yaml"),
+    Mistake("train", "--recipe BAD/deep.yaml", "--recipe: BAD/deep.yaml"),
+    Mistake("train", "--seed -1", "--seed"),
+    Mistake("train", "--seed 4294967296", "--seed"),
     Mistake("train", "--max_steps 0", "--max_steps"),
     Mistake("train", "--p_max 2", "--p_max"),
     Mistake("train", "--held_out 0", "--held_out"),
@@ -225,6 +274,7 @@ MISTAKES = [
     Mistake("train", "--dataset human_eval", "--dataset human_eval"),
     Mistake("train", "--resume_from_checkpoint BAD/empty_folder", "--resume_from_checkpoint: BAD/empty_folder"),
     # Results
+    Mistake("generate", "--export_svg BAD/a_pipe", "--export_svg: BAD/a_pipe"),
     Mistake(ALL, "--output_dir BAD/a_file", "BAD/a_file"),
     Mistake(ALL, "--output_dir BAD/a_file/logs", "BAD/a_file"),
     Mistake("generate", "--export_svg no/such/folder/a.svg", "no/such/folder/a.svg"),
@@ -243,12 +293,20 @@ def bad(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
         (path / name).write_bytes(content)
     (path / "a_file").write_text("precious")
     (path / "empty_folder").mkdir()
+    os.mkfifo(path / "a_pipe")
+    (path / "folder_of_pipes").mkdir()
+    os.mkfifo(path / "folder_of_pipes" / "test.jsonl")
     (path / "texts").mkdir()
     for number in range(6):
         (path / "texts" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 8)
     for name, rows in EVAL_DATA.items():
         (path / "eval_data" / name).parent.mkdir(parents=True, exist_ok=True)
         (path / "eval_data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, row in BAD_CHOICES.items():
+        (path / name / "multiple_choice").mkdir(parents=True)
+        (path / name / "multiple_choice" / "piqa.jsonl").write_text(row)
+    (path / "eval_pipes" / "multiple_choice").mkdir(parents=True)
+    os.mkfifo(path / "eval_pipes" / "multiple_choice" / "piqa.jsonl")
     for name, damaged, content in (
         ("truncated_config", "config.json", '{"model_type": "lla'),
         ("empty_weights", "model.safetensors", ""),

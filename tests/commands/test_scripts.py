@@ -156,8 +156,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_session(
     monkeypatch.setattr(sys, "stdout", TerminalWithKey())
     assert run(generate.main, "--max_steps", 3) == 0
     assert "interrupted" in capsys.readouterr().err
-    [row] = (tmp_path / "logs" / "generate.jsonl").read_text().splitlines()
-    assert json.loads(row)["prompt"] == "def second():"
+    first, second = map(json.loads, (tmp_path / "logs" / "generate.jsonl").read_text().splitlines())
+    assert (first["prompt"], second["prompt"]) == ("def first():", "def second():")
+    assert 1 <= len(first["tokens"]) < len(second["tokens"]) == 3
+    assert (first["stop_reason"], second["stop_reason"]) == (None, "max_steps")
 
 
 def test_under_torchrun_ctrl_c_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

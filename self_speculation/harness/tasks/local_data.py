@@ -12,6 +12,7 @@ from self_speculation.prompts.arguments import DatasetArguments, DatasetName
 from self_speculation.prompts.example import Example
 from self_speculation.prompts.formats import DATASETS
 from self_speculation.prompts.readers import Row, read_json_lines
+from self_speculation.settings import regular_file
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 SHOTS_SEED = 1234
@@ -57,7 +58,7 @@ def _find(data_dir: str | None, pattern: str) -> Path:
     found = sorted(Path(data_dir).glob(pattern))
     if not found:
         raise ValueError(f"--data_dir: {data_dir} has no {pattern}.")
-    return found[0]
+    return regular_file("data_dir", found[0])
 
 
 def _rows(path: Path) -> list[Row]:
@@ -65,7 +66,10 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _splits(rows: dict[str, list[Row]]) -> DatasetDict:
-    return DatasetDict({split: Dataset.from_list(own) for split, own in rows.items()})
+    try:
+        return DatasetDict({split: Dataset.from_list(own) for split, own in rows.items()})
+    except UnicodeEncodeError as error:
+        raise ValueError("--data_dir: a row has half a character, an unpaired surrogate.") from error
 
 
 class Prompt:
