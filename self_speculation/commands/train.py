@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
 from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
 from self_speculation.commands.training_sets import Sizes, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
 from self_speculation.measuring.recommendation import recommend
+from self_speculation.measuring.run_log import set_aside
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.sources import read_source
 from self_speculation.settings import Settings, setting
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.checkpoints import checkpoint_to_resume
 from self_speculation.training.models import TrainedModelArguments, model_to_train
 from self_speculation.training.packing import PackedTexts, Packing, StreamedTexts
 from self_speculation.training.responses import Responses, collate
+from self_speculation.training.start import checked_start, only_evaluates, start
 from self_speculation.training.trainer import LayerSkipTrainer
+from self_speculation.training.whole_files import whole_files
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -47,11 +49,6 @@ class RunArguments(Settings):
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.")
 
 
-def only_evaluates(training: TrainingArguments) -> bool:
-    """`--do_eval True` alone; beside `--do_train` or `--eval_strategy` it is for evaluation while training."""
-    return training.do_eval and not training.do_train and training.eval_strategy == "no"
-
-
 def make_trainer(
     model: LlamaForCausalLM,
     datasets: tuple[PackedTexts | StreamedTexts | Responses, PackedTexts | Responses],
@@ -60,8 +57,6 @@ def make_trainer(
 ) -> LayerSkipTrainer:
     """The trainer; says how much there is to train, and on what."""
     blocks, held_out = datasets
-    if isinstance(blocks, StreamedTexts) and training.max_steps < 1:
-        raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
     trainer = LayerSkipTrainer(
         model, training, train_dataset=blocks, eval_dataset=held_out, data_collator=collate, layerskip=layerskip
     )
@@ -70,18 +65,11 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: LayerSkipTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Train, from the beginning or from a checkpoint."""
-    # At once, so that a run that is stopped leaves all that its checkpoints need.
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
-
-
 def report(trainer: LayerSkipTrainer, metrics: dict[str, float]) -> str:
     """Write and print how good the exits are; returns them in a line."""
     table = exit_table(metrics, trainer.model.config.num_hidden_layers, prefix="eval_")
-    save_exits(table, Path(trainer.args.output_dir))
+    with whole_files(Path(trainer.args.output_dir)) as folder:
+        save_exits(table, folder)
     print(table.to_string(index=False, float_format="{:.3f}".format))
     return exit_summary(table)
 
@@ -89,7 +77,8 @@ def report(trainer: LayerSkipTrainer, metrics: dict[str, float]) -> str:
 def recommended(run: RunArguments, trainer: LayerSkipTrainer) -> str:
     """Write what decoding will need beside the weights; returns the exit layer and draft length, if any were chosen."""
     folder = Path(trainer.args.output_dir)
-    save_counts(trainer.train_dataset.token_counts(trainer.model.config.vocab_size), folder)
+    with whole_files(folder) as beside:
+        save_counts(trainer.train_dataset.token_counts(trainer.model.config.vocab_size), beside)
     prompts = trainer.eval_dataset.prompts(run.recommend_samples)
     exits = trainer.layerskip.exits(trainer.model.config.num_hidden_layers)
     best = recommend(folder, prompts, run.recommend_tokens, exits) if prompts else None
@@ -106,6 +95,9 @@ def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
         *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
     )
+    if text_arguments.streaming and training.max_steps < 1:
+        raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
+    checkpoint = checked_start(training)
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
@@ -116,11 +108,13 @@ def main() -> None:
     trainer = make_trainer(model, datasets, layerskip, training)
     trains = not only_evaluates(training)
     if trains:
-        train(trainer, tokenizer)
+        start(trainer, tokenizer, checkpoint)
     metrics = trainer.evaluate()
     if trains:
         trainer.save_trained()
     if trainer.is_world_process_zero():
+        if not trains:
+            set_aside(Path(training.output_dir), "exits")
         summary = report(trainer, metrics)
         summary += recommended(run, trainer) if trains else ""
         print(f"{summary}; saved in {training.output_dir}.")

@@ -50,7 +50,7 @@ class RunLog:
             self._check_same(arguments)
             self._drop_torn_lines()
             return
-        self._set_aside()
+        set_aside(self.folder, self.name)
         self.write({"arguments": arguments})
         self.log.touch()
 
@@ -133,14 +133,15 @@ class RunLog:
                 unfinished.write_bytes(b"".join(line + b"\n" for line in whole))
                 unfinished.replace(self.log)
 
-    def _set_aside(self) -> None:
-        """Put the next number into the names of an earlier run's files: `sweep_map.png` becomes `sweep_map.2.png`."""
-        names = {path: re.fullmatch(self.name + FILE_NAME, path.name) for path in self.folder.iterdir()}
-        numbers = {path: match["number"] for path, match in names.items() if match}
-        number = 1 + max((int(taken) for taken in numbers.values() if taken), default=0)
-        for path, taken in numbers.items():
-            if not taken:
-                path.rename(path.with_stem(f"{path.stem}.{number}"))
+
+def set_aside(folder: Path, name: str) -> None:
+    """Put the next number into the names of an earlier run's files: `sweep_map.png` becomes `sweep_map.2.png`."""
+    names = {path: re.fullmatch(name + FILE_NAME, path.name) for path in folder.iterdir()}
+    numbers = {path: match["number"] for path, match in names.items() if match}
+    number = 1 + max((int(taken) for taken in numbers.values() if taken), default=0)
+    for path, taken in numbers.items():
+        if not taken:
+            path.rename(path.with_stem(f"{path.stem}.{number}"))
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

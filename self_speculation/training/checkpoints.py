@@ -11,7 +11,10 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from self_speculation.training.whole_files import whole_files
+
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
@@ -26,6 +29,22 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return value
 
 
+def refuse_to_overwrite(output_dir: Path, checkpoint: str | None) -> None:
+    """Refuse a folder that holds another run than the one to be gone on with, if any is.
+
+    Raises:
+        ValueError: names the folder, what it holds, and the flags to go on with.
+    """
+    model = next((path for pattern in WEIGHTS for path in sorted(output_dir.glob(pattern))), None)
+    newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if not (model or newest) or (checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve()):
+        return
+    held = f"--output_dir: {output_dir} holds an earlier run ({Path(model or newest or '').name})"
+    if newest:
+        raise ValueError(f"{held}; give --resume_from_checkpoint True to go on with it, or another --output_dir.")
+    raise ValueError(f"{held} without a checkpoint to go on from; give another --output_dir.")
+
+
 class WholeCheckpointTrainer(Trainer):
     """transformers' `Trainer`, of whose checkpoints a kill leaves no half; a run that is complete trains no further."""
 
@@ -38,7 +57,8 @@ class WholeCheckpointTrainer(Trainer):
         model = self.whole_model()
         if model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
-            model.to(torch.bfloat16).save_pretrained(self.args.output_dir)
+            with whole_files(Path(self.args.output_dir)) as folder:
+                model.to(torch.bfloat16).save_pretrained(folder)
 
     def whole_model(self) -> LlamaForCausalLM | None:
         """On the first process, the model with all its weights, which FSDP has spread; all processes must call this."""
@@ -57,6 +77,12 @@ class WholeCheckpointTrainer(Trainer):
         """Epochs and batches already trained on: all of them when the run resumed is complete."""
         trained = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
         return (num_epochs, 0) if self.state.global_step >= max_steps else trained
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{checkpoint}: the optimiser's states there do not fit this run's optimiser.") from error
 
     def _get_output_dir(self, trial: Any) -> str:
         output_dir = super()._get_output_dir(trial)

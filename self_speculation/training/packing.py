@@ -70,7 +70,7 @@ class PackedTexts(Dataset):
         self.separate = packing.separate
         path = packing.cache / f"{_key(texts, tokenizer, block_size)}.pt" if packing.cache else None
         if path and path.is_file():
-            packed = torch.load(path, mmap=True, weights_only=True)
+            packed = _read(path, block_size)
         else:
             packed = _packed(tqdm(texts, desc="Tokenising", unit="text", leave=False), tokenizer, block_size)
             if path:
@@ -115,6 +115,23 @@ def _key(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) 
         digest.update(len(text).to_bytes(8))
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
+
+
+def _read(path: Path, block_size: int) -> dict[str, Tensor]:
+    """What `_write` wrote."""
+    try:
+        packed: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
+        blocks, is_first = packed["blocks"], packed["is_first"]
+        is_whole = blocks.shape == is_first.shape == (len(blocks), block_size)
+    except Exception as error:  # Whatever torch's reader finds in bytes that it did not write.
+        raise _damaged(path) from error
+    if not is_whole:
+        raise _damaged(path)
+    return packed
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path}, of --token_cache, is damaged; delete it, and it is made anew.")
 
 
 def _write(packed: dict[str, Tensor], path: Path) -> None:

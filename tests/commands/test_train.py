@@ -198,6 +198,94 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder and of those in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence that a refused run ends with."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ")
+    return said.splitlines()[-1]
+
+
+# What a finished run is given that must not harm it, and what is named.
+REFUSED = {
+    "": "give --resume_from_checkpoint True to go on with it, or another --output_dir.",
+    "--resume_from_checkpoint nope": "--resume_from_checkpoint: nope",
+    "--resume_from_checkpoint {other}/checkpoint-2": "--output_dir: {out} holds an earlier run",
+    "--resume_from_checkpoint True --learning_rate nan": "--learning_rate must be a finite number",
+    "--resume_from_checkpoint True --learning_rate -1": "--learning_rate must be at least 0",
+    "--resume_from_checkpoint True --weight_decay inf": "--weight_decay must be a finite number",
+    "--resume_from_checkpoint True --adam_beta2 1": "--adam_beta2 must be less than 1",
+    "--resume_from_checkpoint True --per_device_train_batch_size 0": "--per_device_train_batch_size must be at least 1",
+    '--resume_from_checkpoint True --lr_scheduler_kwargs {{"bad":1}}': "--lr_scheduler_type linear",
+    "--resume_from_checkpoint True --optim adamw_bnb_8bit": "--optim",
+    "--resume_from_checkpoint True --hidden_size 24": "",
+}
+
+
+def test_a_refused_command_leaves_a_finished_run_as_it_was(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, other = tmp_path / "out", tmp_path / "other"
+    assert run() == 0
+    shutil.copytree(output, other)
+    before = contents(output)
+    capsys.readouterr()
+    for flags, named in REFUSED.items():
+        assert run(*flags.format(other=other).split(), "--vocab_size", "280") == 2, flags
+        assert named.format(out=output) in refusal(capsys)
+        assert contents(output) == before, flags
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert run("--resume_from_checkpoint", "True") == 2
+    assert refusal(capsys).endswith(
+        f"{output} holds an earlier run (model.safetensors) without a checkpoint to go on from; give another "
+        "--output_dir."
+    )
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None], ids=["empty", "garbage", "half"])
+def test_a_damaged_file_of_a_checkpoint_is_named(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes | None
+) -> None:
+    assert run() == 0
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"):
+        path = tmp_path / "out" / "checkpoint-3" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+        before = contents(tmp_path / "out")
+        assert run("--resume_from_checkpoint", "True") == 2
+        assert refusal(capsys).startswith(f"error: {path} is missing or damaged; move the folder {path.parent} away")
+        assert contents(tmp_path / "out") == before
+        path.write_bytes(whole)
+
+
+def test_a_damaged_cache_of_tokens_is_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--do_eval", "True") == 0
+    for path in (tmp_path / "tokens").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert run("--do_eval", "True") == 2
+    sentence = refusal(capsys)
+    assert sentence.startswith(f"error: {tmp_path / 'tokens'}/")
+    assert sentence.endswith(".pt, of --token_cache, is damaged; delete it, and it is made anew.")
+
+
+def test_evaluation_sets_earlier_figures_aside(run: Run, tmp_path: Path) -> None:
+    assert run("--save_strategy", "no") == 0
+    before = contents(tmp_path / "out")
+    assert run("--do_eval", "True", "--eval_blocks", "1", "--model", str(tmp_path / "out")) == 0
+    after = contents(tmp_path / "out")
+    assert after["exits.csv"] != before["exits.csv"]
+    assert after | {name: before[name] for name in ("exits.csv", "exits.png")} == before | {
+        "exits.1.csv": before["exits.csv"],
+        "exits.1.png": before["exits.png"],
+    }
+
+
 def test_missing_data_path_is_named(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(train.main) == 2
     [line] = capsys.readouterr().err.splitlines()
