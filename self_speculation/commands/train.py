@@ -13,18 +13,19 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
 from self_speculation.commands.flags import one_sentence_errors, parse, with_recipe
-from self_speculation.commands.training_sets import Sizes, training_sets
+from self_speculation.commands.training_sets import Sizes, all_texts, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
 from self_speculation.measuring.recommendation import recommend
 from self_speculation.measuring.run_log import set_aside
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.sources import read_source
-from self_speculation.settings import Settings, setting
+from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.models import TrainedModelArguments, model_to_train
 from self_speculation.training.packing import PackedTexts, Packing, StreamedTexts
 from self_speculation.training.responses import Responses, collate
+from self_speculation.training.run_record import contents_of, record_of
 from self_speculation.training.start import checked_start, only_evaluates, start
 from self_speculation.training.trainer import LayerSkipTrainer
 from self_speculation.training.whole_files import whole_files
@@ -41,6 +42,10 @@ class RunArguments(Settings):
         default=True, help="No token attends to another text of its block; positions begin anew."
     )
     token_cache: str = setting(str(Path(HF_HOME) / "layerskip"), help="Folder of tokenised texts, kept for other runs.")
+    resume_changed: bool = setting(
+        default=False,
+        help="Go on from a checkpoint although its run had other arguments, texts or another tokenizer.",
+    )
     recommend_samples: int = setting(
         4,
         at_least=0,
@@ -101,6 +106,7 @@ def main() -> None:
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
+    contents = contents_of(all_texts(source), tokenizer, model, training.world_size)
     packing = Packing(run.separate_texts, Path(run.token_cache))
     with training.main_process_first(desc="tokenising"):
         sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
@@ -108,7 +114,8 @@ def main() -> None:
     trainer = make_trainer(model, datasets, layerskip, training)
     trains = not only_evaluates(training)
     if trains:
-        start(trainer, tokenizer, checkpoint)
+        settings = by_flag(run, text_arguments, model_arguments, layerskip)
+        start(trainer, tokenizer, checkpoint, record_of(settings, training, contents), run.resume_changed)
     metrics = trainer.evaluate()
     if trains:
         trainer.save_trained()

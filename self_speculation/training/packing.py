@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.training.labels import IGNORED_LABEL
-from self_speculation.training.tokenizer import end_token
+from self_speculation.training.tokenizer import end_token, tokenizer_text
 
 # Texts that are tokenised in one call.
 TEXTS_AT_ONCE = 256
@@ -109,8 +109,7 @@ def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size
 
 
 def _key(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
-    own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    digest = hashlib.sha256(f"{CACHE_VERSION} {block_size} {end_token(tokenizer)} {own}".encode())
+    digest = hashlib.sha256(f"{CACHE_VERSION} {block_size} {end_token(tokenizer)} {tokenizer_text(tokenizer)}".encode())
     for text in texts:
         digest.update(len(text).to_bytes(8))
         digest.update(text.encode("utf-8", "surrogatepass"))

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from self_speculation.training.checkpoints import checkpoint_to_resume, refuse_to_overwrite
+from self_speculation.training.checkpoints import checkpoint_to_resume, record_to_begin, refuse_to_overwrite
 from self_speculation.training.checks import check_checkpoint, check_numbers, check_weights
+from self_speculation.training.run_record import RunRecord
 from self_speculation.training.trainer import LayerSkipTrainer
 from self_speculation.training.whole_files import whole_files
 
@@ -32,19 +33,27 @@ def checked_start(training: TrainingArguments) -> str | None:
     return checkpoint
 
 
-def start(trainer: LayerSkipTrainer, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None) -> None:
-    """Train, from the beginning or from a checkpoint, with the tokenizer kept beside the weights.
+def start(
+    trainer: LayerSkipTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: str | None,
+    record: RunRecord,
+    resume_changed: bool,
+) -> None:
+    """Train, from the beginning or from a checkpoint, with tokenizer and record kept beside the weights.
 
     Raises:
-        ValueError: the checkpoint's weights are not of this model.
+        ValueError: the checkpoint is of another run, or its weights are not of this model.
     """
     output_dir = Path(trainer.args.output_dir)
+    begun = record_to_begin(output_dir, checkpoint, record, resume_changed)
     if checkpoint:
         check_weights(Path(checkpoint), trainer.model, trainer.args)
 
     def write() -> None:
         with whole_files(output_dir) as folder:
             tokenizer.save_pretrained(folder)
+            begun.write(folder)
 
     # Before the first step, so that a run that is stopped leaves all that its checkpoints need.
     trainer.add_callback(_WhenReady(write))

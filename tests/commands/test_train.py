@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from self_speculation.commands import train
 from self_speculation.decoding.draft_head import COUNTS_FILE
 from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
+from self_speculation.training.run_record import RUN_FILE
 
 Run = Callable[..., int]
 
@@ -243,9 +244,65 @@ def test_a_refused_command_leaves_a_finished_run_as_it_was(
         shutil.rmtree(checkpoint)
     assert run("--resume_from_checkpoint", "True") == 2
     assert refusal(capsys).endswith(
-        f"{output} holds an earlier run (model.safetensors) without a checkpoint to go on from; give another "
-        "--output_dir."
+        f"{output} holds an earlier run (model.safetensors) without a checkpoint of its own to go on from; give "
+        "another --output_dir."
     )
+
+
+# What is changed before a run is gone on with, and what is named.
+CHANGED = {
+    "--learning_rate 0.002": "had --learning_rate 5e-05, not 0.002",
+    "--max_steps 5": "had --max_steps 3, not 5",
+    "--p_max 0.3": "had --p_max 0.1, not 0.3",
+    "--seed 7": "had --seed 42, not 7",
+    "--separate_texts False": "had --separate_texts True, not False",
+    "--held_out 0.4": "had --held_out 0.2, not 0.4",
+}
+
+
+def test_only_the_run_that_a_checkpoint_is_of_is_gone_on_with(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, resume = tmp_path / "out", ("--resume_from_checkpoint", "True")
+    assert run() == 0
+    before = contents(output)
+    for flags, named in CHANGED.items():
+        assert run(*resume, *flags.split()) == 2, flags
+        expected = f"error: {output}/checkpoint-3: its run {named}; --resume_changed True goes on from it all the same."
+        assert refusal(capsys) == expected
+    assert run(*resume, *flags.split(), "--resume_changed", "True") == 2
+    assert refusal(capsys).startswith("error: --resume_changed True needs another --output_dir")
+    (tmp_path / "texts" / "0.py").write_text("def g(x):\n    return x * 3\n" * 8)
+    assert run(*resume) == 2
+    assert "its run was not one with texts like these; --resume_changed True" in refusal(capsys)
+    assert contents(output) == before
+
+
+def test_a_changed_run_goes_on_from_its_own_checkpoints(run: Run, tmp_path: Path) -> None:
+    output, resume = tmp_path / "out", ("--resume_from_checkpoint", "True")
+    assert run() == 0
+    (output / "model.safetensors").unlink()  # As if it had been killed.
+    changed = ("--learning_rate", "0.002", "--max_steps", "5")
+    assert run("--resume_from_checkpoint", str(output / "checkpoint-2"), *changed, "--resume_changed", "True") == 0
+    record = json.loads((output / RUN_FILE).read_text())
+    assert (record["goes_on_from"], record["arguments"]["learning_rate"]) == ("checkpoint-2", 0.002)
+    assert record == json.loads((output / "checkpoint-5" / RUN_FILE).read_text())
+    assert record != json.loads((output / "checkpoint-3" / RUN_FILE).read_text())
+    before = contents(output)
+    assert run(*resume, *changed) == 0
+    # Which exit layer is the fastest was measured again.
+    assert contents(output) | {"layerskip.json": b""} == before | {"layerskip.json": b""}
+
+
+def test_a_run_goes_on_in_another_folder(run: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "out", tmp_path / "second"
+    assert run() == 0
+    flags = ["--resume_from_checkpoint", str(first / "checkpoint-2"), "--output_dir", str(second)]
+    assert run(*flags, "--data_path", str(shutil.copytree(tmp_path / "texts", tmp_path / "moved"))) == 0
+    for name in ("model.safetensors", "checkpoint-3/optimizer.pt", "tokenizer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
+    record = json.loads((second / RUN_FILE).read_text())
+    assert record["goes_on_from"] == str(first / "checkpoint-2")
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None], ids=["empty", "garbage", "half"])
