@@ -10,23 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
 from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.commands.training_sets import Sizes, TrainingSets, training_sets
+from self_speculation.commands.training_sets import Sizes, TrainingSets, all_texts, training_sets
 from self_speculation.decoding.draft_head import save_counts
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
 from self_speculation.measuring.recommendation import recommend
+from self_speculation.measuring.run_log import set_aside
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.sources import read_source
-from self_speculation.settings import Settings, setting
+from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.checkpoints import checkpoint_to_resume
 from self_speculation.training.models import TrainedModelArguments, model_to_train
-from self_speculation.training.packing import Packing, StreamedTexts
+from self_speculation.training.packing import Packing
 from self_speculation.training.responses import collate
+from self_speculation.training.run_record import contents_of, record_of
+from self_speculation.training.start import checked_start, only_evaluates, start
 from self_speculation.training.trainer import LayerSkipTrainer
+from self_speculation.training.whole_files import whole_files
 
 # NumPy's, which the Trainer seeds too.
 MOST_SEED = 2**32 - 1
@@ -42,6 +45,10 @@ class RunArguments(Settings):
         default=True, help="No token attends to another text of its block; positions begin anew."
     )
     token_cache: str = setting(str(Path(HF_HOME) / "layerskip"), help="Folder of tokenised texts, kept for other runs.")
+    resume_changed: bool = setting(
+        default=False,
+        help="Go on from a checkpoint although its run had other arguments, texts or another tokenizer.",
+    )
     recommend_samples: int = setting(
         4,
         at_least=0,
@@ -50,13 +57,8 @@ class RunArguments(Settings):
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.")
 
 
-def only_evaluates(training: TrainingArguments) -> bool:
-    """`--do_eval True` alone; beside `--do_train` or `--eval_strategy` it is for evaluation while training."""
-    return training.do_eval and not training.do_train and training.eval_strategy == "no"
-
-
-def check(training: TrainingArguments) -> None:
-    """Refuse what transformers would only notice later, without a flag's name.
+def check(texts: TextArguments, training: TrainingArguments) -> None:
+    """Refuse what would only be noticed later, without a flag's name.
 
     Raises:
         ValueError: the sentence names the flag.
@@ -65,18 +67,15 @@ def check(training: TrainingArguments) -> None:
         raise ValueError(f"--seed must be from 0 to {MOST_SEED}, not {training.seed}.")
     if not training.output_dir:
         raise ValueError("--output_dir must not be empty.")
+    if texts.streaming and training.max_steps < 1:
+        raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
 
 
 def make_trainer(
-    model: LlamaForCausalLM,
-    datasets: TrainingSets,
-    layerskip: LayerSkipArguments,
-    training: TrainingArguments,
+    model: LlamaForCausalLM, datasets: TrainingSets, layerskip: LayerSkipArguments, training: TrainingArguments
 ) -> LayerSkipTrainer:
     """The trainer; says how much there is to train, and on what."""
     blocks, held_out = datasets
-    if isinstance(blocks, StreamedTexts) and training.max_steps < 1:
-        raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
     trainer = LayerSkipTrainer(
         model, training, train_dataset=blocks, eval_dataset=held_out, data_collator=collate, layerskip=layerskip
     )
@@ -85,18 +84,11 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: LayerSkipTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Train, from the beginning or from a checkpoint."""
-    # At once, so that a run that is stopped leaves all that its checkpoints need.
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(folder)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
-
-
-def report(metrics: dict[str, float], num_layers: int, folder: Path) -> str:
+def report(metrics: dict[str, float], num_layers: int, output_dir: Path) -> str:
     """Write and print how good the exits are; returns them in a line."""
     table = exit_table(metrics, num_layers, prefix="eval_")
-    save_exits(table, folder)
+    with whole_files(output_dir) as folder:
+        save_exits(table, folder)
     print(table.to_string(index=False, float_format="{:.3f}".format))
     return exit_summary(table)
 
@@ -106,7 +98,8 @@ def recommended(
 ) -> str:
     """Write what decoding will need beside the weights; returns the exit layer and draft length, if any were chosen."""
     blocks, held_out = datasets
-    save_counts(blocks.token_counts(vocab_size), folder)
+    with whole_files(folder) as beside:
+        save_counts(blocks.token_counts(vocab_size), beside)
     prompts = held_out.prompts(run.recommend_samples)
     best = recommend(folder, prompts, run.recommend_tokens, exits) if prompts else None
     return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended" if best else ""
@@ -125,10 +118,12 @@ def main() -> None:
     run, text_arguments, model_arguments, layerskip, training = parse(
         *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
     )
-    check(training)
+    check(text_arguments, training)
+    checkpoint = checked_start(training)
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
+    contents = contents_of(all_texts(source), tokenizer, model, training.world_size)
     packing = Packing(run.separate_texts, Path(run.token_cache))
     with training.main_process_first(desc="tokenising"):
         sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
@@ -136,11 +131,14 @@ def main() -> None:
     trainer = make_trainer(model, datasets, layerskip, training)
     folder, trains = Path(training.output_dir), not only_evaluates(training)
     if trains:
-        train(trainer, tokenizer, folder)
+        settings = by_flag(run, text_arguments, model_arguments, layerskip)
+        start(trainer, tokenizer, checkpoint, record_of(settings, training, contents), run.resume_changed)
     metrics = trainer.evaluate()
     if trains:
         trainer.save_trained()
     if trainer.is_world_process_zero():
+        if not trains:
+            set_aside(folder, "exits")
         num_layers = model.config.num_hidden_layers
         summary = report(metrics, num_layers, folder)
         if trains:

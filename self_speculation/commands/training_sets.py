@@ -1,5 +1,6 @@
 """From what is read to what is trained on: texts become blocks of tokens, prompts with responses become sequences."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,13 @@ def training_sets(source: Texts | Stream | Examples, tokenizer: PreTrainedTokeni
     else:
         training = PackedTexts(source.training, tokenizer, sizes.block_size, packing=sizes.packing)
     return training, PackedTexts(source.held_out, tokenizer, sizes.block_size, sizes.eval_blocks, sizes.packing)
+
+
+def all_texts(source: Texts | Stream | Examples) -> Iterator[str]:
+    """All that is read, one after the other, by which it can be known again; of a stream the beginning."""
+    if isinstance(source, Examples):
+        return (text for one in (*source.training, *source.held_out) for text in (one.prompt, one.response))
+    return iter(source.held_out if isinstance(source, Stream) else [*source.training, *source.held_out])
 
 
 def _responses(examples: list[Example], tokenizer: PreTrainedTokenizerBase, sizes: Sizes) -> Responses:

@@ -169,11 +169,18 @@ class Benchmark:
             )
         return answers
 
+    def _keyed(self, line: dict[str, Any]) -> tuple[tuple[int, int], dict[str, Any]]:
+        """Round and sample of a line of the log, and the line; raises what a damaged one causes."""
+        key = int(line["repeat"]), range(len(self.examples))[line["sample"]]
+        for name in self.contestants:
+            Measurement(**line["strategies"][name])
+        return key, line
+
     def _lines(self) -> list[dict[str, Any]]:
-        found = {(line["repeat"], line["sample"]): line for line in self.log.lines()}
+        found = dict(self.log.read(self._keyed))
         lines = [found[key] for key in sorted(found)]
         for line in lines:
-            if line["prompt"] != self.examples[line["sample"]].prompt:
+            if line.get("prompt") != self.examples[line["sample"]].prompt:
                 raise ValueError(f"--resume: sample {line['sample']} of {self.log.log} is not what the data has now.")
         return lines
 

@@ -9,6 +9,7 @@ from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.prediction import Prediction, predict, profile
 from self_speculation.strategies import make_strategy
+from self_speculation.training.whole_files import whole_files
 
 MAX_EXITS = 12
 MAX_SPECULATIONS = 8
@@ -40,5 +41,6 @@ def recommend(
         return None
     costs = measure_passes(model, generator.request(prompts[:1], config), cells)
     best = max(predict(answers, cells, costs), key=lambda cell: cell.tokens_per_second)
-    (folder / RECOMMENDATION_FILE).write_text(json.dumps(best.cell._asdict(), indent=2) + "\n")
+    with whole_files(folder) as beside:
+        (beside / RECOMMENDATION_FILE).write_text(json.dumps(best.cell._asdict(), indent=2) + "\n")
     return best

@@ -162,7 +162,7 @@ class Sweep:
 
     def grid(self, cells: Sequence[Cell], log: RunLog) -> Grid:
         """Every cell over all prompts, the baseline's first; those in the log are not measured again."""
-        rows = {row.cell: row for row in map(GridRow.from_json, log.lines())}
+        rows = {row.cell: row for row in log.read(GridRow.from_json)}
         with GridTable(log.folder / "sweep.csv", rows) as table:
             todo = [cell for cell in (None, *cells) if cell not in rows]
             progress = tqdm(todo, desc="Measuring cells", unit="cell", initial=len(rows), total=len(cells) + 1)

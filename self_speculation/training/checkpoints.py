@@ -2,6 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +14,11 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
+from self_speculation.training.whole_files import whole_files
+
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
@@ -20,7 +27,7 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if value is None or value.lower() == "false":
         return None
     if value.lower() == "true":
-        return get_last_checkpoint(training.output_dir) if _output_dir(training).is_dir() else None
+        return newest_checkpoint(_output_dir(training))
     if not Path(value, TRAINER_STATE_NAME).is_file():
         raise ValueError(f"--resume_from_checkpoint: {value} is not the folder of a checkpoint.")
     return value
@@ -29,6 +36,83 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
 def _output_dir(training: TrainingArguments) -> Path:
     """`--output_dir`, to which transformers gives a name where the user gives none."""
     return Path(cast(str, training.output_dir))
+
+
+def newest_checkpoint(output_dir: Path) -> str | None:
+    """The newest checkpoint of the run in a folder, or what that run began with; never another run's.
+
+    In a folder without a record of its run, the newest of all.
+
+    Raises:
+        ValueError: what the run began with is gone.
+    """
+    record = read_record(output_dir)
+    if not record:
+        return get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    own = {int(path.name.rpartition("-")[2]): path for path in _checkpoints(output_dir) if _run_of(path) == record.run}
+    if own:
+        return str(own[max(own)])
+    if record.goes_on_from and not Path(output_dir, record.goes_on_from, TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"--resume_from_checkpoint: {record.goes_on_from}, with which {output_dir} began, is gone.")
+    return str(output_dir / record.goes_on_from) if record.goes_on_from else None
+
+
+def refuse_to_overwrite(output_dir: Path, checkpoint: str | None) -> None:
+    """Refuse a folder that holds another run than the one to be gone on with, if any is.
+
+    Raises:
+        ValueError: names the folder, what it holds, and the flags to go on with.
+    """
+    held = next(chain(model_files(output_dir), _checkpoints(output_dir)), None)
+    newest = newest_checkpoint(output_dir)
+    if not held or (checkpoint and (lies_in(checkpoint, output_dir) or newest == checkpoint)):
+        return
+    sentence = f"--output_dir: {output_dir} holds an earlier run ({held.name})"
+    if newest:
+        raise ValueError(f"{sentence}; give --resume_from_checkpoint True to go on with it, or another --output_dir.")
+    raise ValueError(f"{sentence} without a checkpoint of its own to go on from; give another --output_dir.")
+
+
+def record_to_begin(output_dir: Path, checkpoint: str | None, now: RunRecord, resume_changed: bool) -> RunRecord:
+    """The record that a run begins with: that of the run it goes on with, or a new one.
+
+    Raises:
+        ValueError: the run to be gone on with was another, by its record or for want of one.
+    """
+    if checkpoint is None:
+        return now.named()
+    is_inside = lies_in(checkpoint, output_dir)
+    place = Path(checkpoint).name if is_inside else str(Path(checkpoint).resolve())
+    here = read_record(output_dir)
+    recorded = here if here and here.goes_on_from == place else read_record(Path(checkpoint))
+    difference = recorded.difference(now) if recorded else f"left no {RUN_FILE} to know it by"
+    if recorded and not difference:
+        return recorded if is_inside or recorded is here else replace(recorded, goes_on_from=place)
+    if not resume_changed:
+        raise ValueError(f"{checkpoint}: its run {difference}; --resume_changed True goes on from it all the same.")
+    if any(model_files(output_dir)):
+        raise ValueError(f"--resume_changed True needs another --output_dir: {output_dir} has a finished model.")
+    return now.named(place, recorded.run if recorded else "")
+
+
+def model_files(folder: Path) -> Iterator[Path]:
+    """Files of weights in a folder."""
+    return chain.from_iterable(sorted(folder.glob(pattern)) for pattern in WEIGHTS)
+
+
+def lies_in(checkpoint: str, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of a folder's."""
+    return Path(checkpoint).resolve().parent == output_dir.resolve()
+
+
+def _checkpoints(output_dir: Path) -> Iterator[Path]:
+    paths = sorted(output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return (path for path in paths if path.name.rpartition("-")[2].isdecimal())
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    record = read_record(checkpoint)
+    return record.run if record else None
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -49,7 +133,8 @@ class WholeCheckpointTrainer(Trainer):
         if model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
-            model.save_pretrained(_output_dir(self.args))
+            with whole_files(_output_dir(self.args)) as folder:
+                model.save_pretrained(folder)
 
     def whole_model(self) -> LlamaForCausalLM | None:
         """On the first process, the model with all its weights, which FSDP has spread; all processes must call this."""
@@ -68,6 +153,12 @@ class WholeCheckpointTrainer(Trainer):
         """Epochs and batches already trained on: all of them when the run resumed is complete."""
         trained = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
         return (num_epochs, 0) if self.state.global_step >= max_steps else trained
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{checkpoint}: the optimiser's states there do not fit this run's optimiser.") from error
 
     def _get_output_dir(self, trial: Any) -> str:
         output_dir = super()._get_output_dir(trial)
@@ -90,6 +181,8 @@ class WholeCheckpointTrainer(Trainer):
     def _complete_checkpoint(self, output_dir: Path, name: str) -> None:
         incomplete = output_dir / INCOMPLETE_FOLDER
         self.state.save_to_json(str(incomplete / name / TRAINER_STATE_NAME))
+        if (output_dir / RUN_FILE).is_file():
+            shutil.copyfile(output_dir / RUN_FILE, incomplete / name / RUN_FILE)
         shutil.rmtree(output_dir / name, ignore_errors=True)
         os.replace(incomplete / name, output_dir / name)
         shutil.rmtree(incomplete)

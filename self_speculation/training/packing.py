@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.training.labels import IGNORED_LABEL
-from self_speculation.training.tokenizer import end_token
+from self_speculation.training.tokenizer import end_token, tokenizer_text
 
 # Texts that are tokenised in one call.
 TEXTS_AT_ONCE = 256
@@ -70,7 +70,7 @@ class PackedTexts(Dataset):
         self.separate = packing.separate
         path = packing.cache / f"{_key(texts, tokenizer, block_size)}.pt" if packing.cache else None
         if path and path.is_file():
-            packed = torch.load(path, mmap=True, weights_only=True)
+            packed = _read(path, block_size)
         else:
             packed = _packed(tqdm(texts, desc="Tokenising", unit="text", leave=False), tokenizer, block_size)
             if path:
@@ -109,12 +109,28 @@ def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size
 
 
 def _key(texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> str:
-    own = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    digest = hashlib.sha256(f"{CACHE_VERSION} {block_size} {end_token(tokenizer)} {own}".encode())
+    digest = hashlib.sha256(f"{CACHE_VERSION} {block_size} {end_token(tokenizer)} {tokenizer_text(tokenizer)}".encode())
     for text in texts:
         digest.update(len(text).to_bytes(8))
         digest.update(text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
+
+
+def _read(path: Path, block_size: int) -> dict[str, Tensor]:
+    """What `_write` wrote."""
+    try:
+        packed: dict[str, Tensor] = torch.load(path, mmap=True, weights_only=True)
+        blocks, is_first = packed["blocks"], packed["is_first"]
+        is_whole = blocks.shape == is_first.shape == (len(blocks), block_size)
+    except Exception as error:  # Whatever torch's reader finds in bytes that it did not write.
+        raise _damaged(path) from error
+    if not is_whole:
+        raise _damaged(path)
+    return packed
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path}, of --token_cache, is damaged; delete it, and it is made anew.")
 
 
 def _write(packed: dict[str, Tensor], path: Path) -> None:

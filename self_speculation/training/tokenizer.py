@@ -41,3 +41,11 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("--tokenizer has no end-of-sequence token to close the texts with.")
     return tokenizer.eos_token_id
+
+
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that a tokenizer does, written out."""
+    if tokenizer.is_fast:
+        text: str = tokenizer.backend_tokenizer.to_str()
+        return text
+    return repr(sorted(tokenizer.get_vocab().items()))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import WholeCheckpointTrainer
+from self_speculation.training.checks import check_optimiser
 from self_speculation.training.early_exit_loss import EarlyExitLoss
 from self_speculation.training.exit_measures import exit_metrics, scoring
 from self_speculation.training.labels import num_labels
@@ -26,6 +27,7 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if num_steps < 1:
             raise ValueError("--max_steps must be at least 1, or negative for --num_train_epochs to decide.")
+        check_optimiser(self.args, self.llama, num_steps)
         layers = self.llama.model.layers
         rates = layerskip.dropout_rates(len(layers), num_steps)
         schedule = layerskip.exit_schedule(len(layers), num_steps)

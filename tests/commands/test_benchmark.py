@@ -322,6 +322,27 @@ def test_a_run_is_resumed(run_benchmark: Callable[..., dict[str, Any]], tmp_path
     assert len(list(log.parent.iterdir())) == 2
 
 
+def test_a_damaged_log_is_named(
+    run: Callable[..., int], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*short_flags(rows), "--generation_strategy", "autoregressive", "self_speculative"]
+    assert run(quick_main, *flags) == 0
+    log = tmp_path / "logs" / "benchmark.jsonl"
+    first, *rest = log.read_text().splitlines(keepends=True)
+    capsys.readouterr()
+    for damaged in (
+        "{}",
+        first.replace('"sample": 0', '"sample": 99'),
+        first.replace('"tokens": ', '"tickets": '),
+        first.replace('"repeat": 0', '"repeat": [0]'),
+        first.replace('"autoregressive"', '"autocratic"'),
+    ):
+        log.write_text(damaged.rstrip("\n") + "\n" + "".join(rest))
+        assert run(quick_main, *flags, "--resume", "True") == 2
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert sentence == f"error: {log}:1 is damaged; delete that line, and --resume True does its work again."
+
+
 def test_a_torn_batch_is_measured_again(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """As a whole, so that all its rows have the times of one measurement; its last lines count."""
     flags = ["--generation_strategy", "autoregressive", "self_speculative", "--batch_size", 3]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from self_speculation.commands import train
 from self_speculation.decoding.draft_head import COUNTS_FILE
 from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
+from self_speculation.training.run_record import RUN_FILE
 
 Run = Callable[..., int]
 
@@ -147,6 +148,150 @@ def test_main_trains_a_given_configuration_on_a_stream(
     assert (config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (2, 16, True)
     assert run(*flags, "--max_steps", "-1") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --max_steps must be given with --streaming")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder and of those in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence that a refused run ends with."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ")
+    return said.splitlines()[-1]
+
+
+# What a finished run is given that must not harm it, and what is named.
+REFUSED = {
+    "": "give --resume_from_checkpoint True to go on with it, or another --output_dir.",
+    "--resume_from_checkpoint nope": "--resume_from_checkpoint: nope",
+    "--resume_from_checkpoint {other}/checkpoint-2": "--output_dir: {out} holds an earlier run",
+    "--resume_from_checkpoint True --learning_rate nan": "--learning_rate must be a finite number",
+    "--resume_from_checkpoint True --learning_rate -1": "--learning_rate must be at least 0",
+    "--resume_from_checkpoint True --weight_decay inf": "--weight_decay must be a finite number",
+    "--resume_from_checkpoint True --adam_beta2 1": "--adam_beta2 must be less than 1",
+    "--resume_from_checkpoint True --per_device_train_batch_size 0": "--per_device_train_batch_size must be at least 1",
+    '--resume_from_checkpoint True --lr_scheduler_kwargs {{"bad":1}}': "--lr_scheduler_type linear",
+    "--resume_from_checkpoint True --optim adamw_bnb_8bit": "--optim",
+    "--resume_from_checkpoint True --hidden_size 24": "",
+}
+
+
+def test_a_refused_command_leaves_a_finished_run_as_it_was(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, other = tmp_path / "out", tmp_path / "other"
+    assert run() == 0
+    shutil.copytree(output, other)
+    before = contents(output)
+    capsys.readouterr()
+    for flags, named in REFUSED.items():
+        assert run(*flags.format(other=other).split(), "--vocab_size", "280") == 2, flags
+        assert named.format(out=output) in refusal(capsys)
+        assert contents(output) == before, flags
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert run("--resume_from_checkpoint", "True") == 2
+    assert refusal(capsys).endswith(
+        f"{output} holds an earlier run (model.safetensors) without a checkpoint of its own to go on from; give "
+        "another --output_dir."
+    )
+
+
+# What is changed before a run is gone on with, and what is named.
+CHANGED = {
+    "--learning_rate 0.002": "had --learning_rate 5e-05, not 0.002",
+    "--max_steps 5": "had --max_steps 3, not 5",
+    "--p_max 0.3": "had --p_max 0.1, not 0.3",
+    "--seed 7": "had --seed 42, not 7",
+    "--separate_texts False": "had --separate_texts True, not False",
+    "--held_out 0.4": "had --held_out 0.2, not 0.4",
+}
+
+
+def test_only_the_run_that_a_checkpoint_is_of_is_gone_on_with(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, resume = tmp_path / "out", ("--resume_from_checkpoint", "True")
+    assert run() == 0
+    before = contents(output)
+    for flags, named in CHANGED.items():
+        assert run(*resume, *flags.split()) == 2, flags
+        expected = f"error: {output}/checkpoint-3: its run {named}; --resume_changed True goes on from it all the same."
+        assert refusal(capsys) == expected
+    assert run(*resume, *flags.split(), "--resume_changed", "True") == 2
+    assert refusal(capsys).startswith("error: --resume_changed True needs another --output_dir")
+    (tmp_path / "texts" / "0.py").write_text("def g(x):\n    return x * 3\n" * 8)
+    assert run(*resume) == 2
+    assert "its run was not one with texts like these; --resume_changed True" in refusal(capsys)
+    assert contents(output) == before
+
+
+def test_a_changed_run_goes_on_from_its_own_checkpoints(run: Run, tmp_path: Path) -> None:
+    output, resume = tmp_path / "out", ("--resume_from_checkpoint", "True")
+    assert run() == 0
+    (output / "model.safetensors").unlink()  # As if it had been killed.
+    changed = ("--learning_rate", "0.002", "--max_steps", "5")
+    assert run("--resume_from_checkpoint", str(output / "checkpoint-2"), *changed, "--resume_changed", "True") == 0
+    record = json.loads((output / RUN_FILE).read_text())
+    assert (record["goes_on_from"], record["arguments"]["learning_rate"]) == ("checkpoint-2", 0.002)
+    assert record == json.loads((output / "checkpoint-5" / RUN_FILE).read_text())
+    assert record != json.loads((output / "checkpoint-3" / RUN_FILE).read_text())
+    before = contents(output)
+    assert run(*resume, *changed) == 0
+    # Which exit layer is the fastest was measured again.
+    assert contents(output) | {"layerskip.json": b""} == before | {"layerskip.json": b""}
+
+
+def test_a_run_goes_on_in_another_folder(run: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "out", tmp_path / "second"
+    assert run() == 0
+    flags = ["--resume_from_checkpoint", str(first / "checkpoint-2"), "--output_dir", str(second)]
+    assert run(*flags, "--data_path", str(shutil.copytree(tmp_path / "texts", tmp_path / "moved"))) == 0
+    for name in ("model.safetensors", "checkpoint-3/optimizer.pt", "tokenizer.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
+    record = json.loads((second / RUN_FILE).read_text())
+    assert record["goes_on_from"] == str(first / "checkpoint-2")
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None], ids=["empty", "garbage", "half"])
+def test_a_damaged_file_of_a_checkpoint_is_named(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes | None
+) -> None:
+    assert run() == 0
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"):
+        path = tmp_path / "out" / "checkpoint-3" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+        before = contents(tmp_path / "out")
+        assert run("--resume_from_checkpoint", "True") == 2
+        assert refusal(capsys).startswith(f"error: {path} is missing or damaged; move the folder {path.parent} away")
+        assert contents(tmp_path / "out") == before
+        path.write_bytes(whole)
+
+
+def test_a_damaged_cache_of_tokens_is_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--do_eval", "True") == 0
+    for path in (tmp_path / "tokens").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert run("--do_eval", "True") == 2
+    sentence = refusal(capsys)
+    assert sentence.startswith(f"error: {tmp_path / 'tokens'}/")
+    assert sentence.endswith(".pt, of --token_cache, is damaged; delete it, and it is made anew.")
+
+
+def test_evaluation_sets_earlier_figures_aside(run: Run, tmp_path: Path) -> None:
+    assert run("--save_strategy", "no") == 0
+    before = contents(tmp_path / "out")
+    assert run("--do_eval", "True", "--eval_blocks", "1", "--model", str(tmp_path / "out")) == 0
+    after = contents(tmp_path / "out")
+    assert after["exits.csv"] != before["exits.csv"]
+    assert after | {name: before[name] for name in ("exits.csv", "exits.png")} == before | {
+        "exits.1.csv": before["exits.csv"],
+        "exits.1.png": before["exits.png"],
+    }
 
 
 def test_missing_data_path_is_named(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:

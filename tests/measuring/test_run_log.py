@@ -1,8 +1,11 @@
 """What a long run leaves on disk, whenever it is killed and however often it is begun."""
 
 import json
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -151,7 +154,84 @@ def test_resuming_nothing_is_refused(log: RunLog, missing: str) -> None:
         log.begin(ARGUMENTS, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ('{"n": 1}\n{"te{"n": 2}\n{"n": 3}\n', [{"n": 1}, {"n": 3}]),
+        ('{"te\n{"n": 3}\n', [{"n": 3}]),
+        ('{"n": 1}\n{"te\n{"n', [{"n": 1}]),
+    ],
+)
+def test_resuming_drops_a_torn_line_that_another_process_went_on_behind(
+    log: RunLog, content: str, kept: list[dict[str, int]]
+) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.log.write_text(content)
+    log.begin(ARGUMENTS, resume=True)
+    assert log.lines() == kept
+    assert sorted(contents(log)) == ["sweep.json", "sweep.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"arguments": 3}', '{"arguments', "\udcff"])
+def test_a_damaged_document_is_named_when_resuming(log: RunLog, content: str) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.document.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"b/sweep\.json is damaged; without --resume the run is begun anew\.$"):
+        log.begin(ARGUMENTS, resume=True)
+
+
 # Lines
+
+
+@pytest.mark.parametrize("damaged", ["", "x", "[1]", "3", '"{"', "\udcff"])
+def test_a_damaged_line_is_named_by_its_number(log: RunLog, damaged: str) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.log.write_bytes(f'{{"n": 1}}\n{damaged}\n{{"n": 2}}\n'.encode("utf-8", "surrogateescape"))
+    log.begin(ARGUMENTS, resume=True)
+    with pytest.raises(ValueError, match=r"b/sweep\.jsonl:2 is damaged; delete that line, and --resume True does"):
+        log.lines()
+
+
+def test_a_line_that_its_reader_does_not_understand_is_named(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.append({"n": 1})
+    log.append({"m": 2})
+    assert log.read(lambda line: line.get("n")) == [1, None]
+    with pytest.raises(ValueError, match=r"b/sweep\.jsonl:2 is damaged"):
+        log.read(lambda line: line["n"])
+
+
+@contextmanager
+def room(num_bytes: int) -> Iterator[None]:
+    """A disk on which no file can become longer than that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_was_written_in_part_is_noticed_at_once_and_repaired(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    log.append({"n": 1})
+    with room(15), pytest.raises(OSError, match="a line was written in part; make room, and go on with") as caught:
+        log.append({"n": 22222})
+    assert caught.value.filename == str(log.log)
+    assert log.log.read_bytes() == b'{"n": 1}\n{"n": '
+    log.begin(ARGUMENTS, resume=True)
+    log.append({"n": 22222})
+    assert log.lines() == [{"n": 1}, {"n": 22222}]
+
+
+def test_a_full_disk_names_the_file(log: RunLog) -> None:
+    log.begin(ARGUMENTS, resume=False)
+    with room(0):
+        for write, path in ((log.append, log.log), (log.write, log.document)):
+            with pytest.raises(OSError, match=r".+") as caught:
+                write({"n": 1})
+            assert caught.value.filename == str(path)
+    assert json.loads(log.document.read_text()) == {"arguments": ARGUMENTS}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,15 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.checkpoints import INCOMPLETE_FOLDER, checkpoint_to_resume
+from self_speculation.training.checkpoints import (
+    INCOMPLETE_FOLDER,
+    checkpoint_to_resume,
+    newest_checkpoint,
+    record_to_begin,
+    refuse_to_overwrite,
+)
 from self_speculation.training.packing import StreamedTexts
+from self_speculation.training.run_record import RUN_FILE, RunRecord
 from self_speculation.training.tokenizer import train_tokenizer
 from self_speculation.training.trainer import LayerSkipTrainer
 
@@ -204,3 +212,60 @@ def test_newest_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     assert resumed("False") is None
     with pytest.raises(ValueError, match=r"^--resume_from_checkpoint: .* is not the folder of a checkpoint\.$"):
         resumed(str(tmp_path))
+
+
+def make_checkpoint(folder: Path, record: RunRecord | None) -> Path:
+    """A folder that looks like a checkpoint, of a run."""
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").touch()
+    if record:
+        record.write(folder)
+    return folder
+
+
+def test_checkpoints_of_another_run_are_never_taken(tmp_path: Path) -> None:
+    own, other = (RunRecord({"seed": seed}, {"texts": "a"}).named() for seed in (1, 2))
+    make_checkpoint(tmp_path / "checkpoint-10", other)
+    make_checkpoint(tmp_path / "checkpoint-20", None)
+    own.write(tmp_path)
+    assert newest_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match=r"holds an earlier run \(checkpoint-10\) without a checkpoint of its own"):
+        refuse_to_overwrite(tmp_path, None)
+    make_checkpoint(tmp_path / "checkpoint-4", own)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    other.write(tmp_path)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_run_that_went_on_from_another_is_gone_on_with(tmp_path: Path) -> None:
+    """Killed before its first checkpoint: from where it began, and not from a newer one of the run before."""
+    before, now = (RunRecord({"seed": seed}, {"texts": "a"}) for seed in (1, 2))
+    began = str(make_checkpoint(tmp_path / "checkpoint-2", before.named()))
+    make_checkpoint(tmp_path / "checkpoint-3", before.named())
+    before.named().write(tmp_path)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"checkpoint-2: its run had --seed 1, not 2; --resume_changed True"):
+        record_to_begin(tmp_path, began, now, resume_changed=False)
+    begun = record_to_begin(tmp_path, began, now, resume_changed=True)
+    assert begun.goes_on_from == "checkpoint-2"
+    begun.write(tmp_path)
+    assert newest_checkpoint(tmp_path) == began
+    assert record_to_begin(tmp_path, began, now, resume_changed=False) == begun
+    shutil.rmtree(began)
+    with pytest.raises(ValueError, match=r"^--resume_from_checkpoint: checkpoint-2, with which .* began, is gone\.$"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_a_record_is_not_known(tmp_path: Path) -> None:
+    checkpoint = str(make_checkpoint(tmp_path / "checkpoint-2", None))
+    now = RunRecord({}, {})
+    with pytest.raises(ValueError, match=f"its run left no {RUN_FILE} to know it by; --resume_changed True goes on"):
+        record_to_begin(tmp_path, checkpoint, now, resume_changed=False)
+    assert record_to_begin(tmp_path, checkpoint, now, resume_changed=True).goes_on_from == "checkpoint-2"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": 1, "contents": 2}', '{"bogus": 1}', '{"argu'])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / RUN_FILE).write_text(content)
+    with pytest.raises(ValueError, match=rf"{RUN_FILE} is damaged; delete it"):
+        newest_checkpoint(tmp_path)
