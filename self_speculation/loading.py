@@ -111,7 +111,7 @@ def _recommendation_in(path: Path, num_layers: int) -> Recommendation:
     limits = {"exit_layer": (1, num_layers), "num_speculations": (0, MOST_SPECULATIONS)}
     try:
         # A pipe or a device might never end.
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        values: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         chosen = {field: values[field] for field in limits}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON object with exit_layer and num_speculations.") from error

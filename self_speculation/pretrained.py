@@ -68,7 +68,8 @@ class Pretrained:
         """
         options = self.options | self._shared() | {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with logging_at(logging.ERROR, "transformers.modeling_utils"):  # Its report is what is refused below.
-            model, found = AutoModelForCausalLM.from_pretrained(self.name, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.name, **options)
+        model, found = loaded
         self._check_tensors(found)
         self._check_numbers(model)
         return model

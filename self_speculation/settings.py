@@ -6,7 +6,6 @@ A field is made by `setting`; `Settings` checks every field's limits in one plac
 import dataclasses
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class Settings:
             value, least = getattr(self, field.name), limits_of(field).at_least
             if value is None or least is None:
                 continue
-            if not isinstance(value, Real):
+            if not isinstance(value, int | float):
                 raise ValueError(f"--{flag_of(field)} must be a number, not {value!r}.")
             if not value >= least:
                 raise ValueError(f"--{flag_of(field)} must be at least {least}, not {value}.")

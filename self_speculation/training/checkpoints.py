@@ -27,13 +27,13 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if value is None or value.lower() == "false":
         return None
     if value.lower() == "true":
-        return newest_checkpoint(_output_dir(training))
+        return newest_checkpoint(output_dir_of(training))
     if not Path(value, TRAINER_STATE_NAME).is_file():
         raise ValueError(f"--resume_from_checkpoint: {value} is not the folder of a checkpoint.")
     return value
 
 
-def _output_dir(training: TrainingArguments) -> Path:
+def output_dir_of(training: TrainingArguments) -> Path:
     """`--output_dir`, to which transformers gives a name where the user gives none."""
     return Path(cast(str, training.output_dir))
 
@@ -133,7 +133,7 @@ class WholeCheckpointTrainer(Trainer):
         if model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
-            with whole_files(_output_dir(self.args)) as folder:
+            with whole_files(output_dir_of(self.args)) as folder:
                 model.save_pretrained(folder)
 
     def whole_model(self) -> LlamaForCausalLM | None:
@@ -171,7 +171,7 @@ class WholeCheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.is_saving = False
-        output_dir = _output_dir(self.args)
+        output_dir = output_dir_of(self.args)
         if self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(output_dir / Path(self.state.best_model_checkpoint).name)
         self.accelerator.wait_for_everyone()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
@@ -65,10 +65,18 @@ def check_optimiser(training: TrainingArguments, model: PreTrainedModel, num_ste
             optimiser,
             num_warmup_steps=training.get_warmup_steps(num_steps),
             num_training_steps=num_steps,
-            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=_schedule_options(training),
         )
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"--lr_scheduler_type {training.lr_scheduler_type.value}: {_one_line(error)}") from error
+        raise ValueError(
+            f"--lr_scheduler_type {SchedulerType(training.lr_scheduler_type).value}: {_one_line(error)}"
+        ) from error
+
+
+def _schedule_options(training: TrainingArguments) -> dict[str, Any]:
+    """`--lr_scheduler_kwargs`, which transformers has read from its JSON by now."""
+    given = training.lr_scheduler_kwargs
+    return dict(given) if isinstance(given, dict) else {}
 
 
 def check_checkpoint(checkpoint: Path, training: TrainingArguments) -> None:

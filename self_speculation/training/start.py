@@ -6,7 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from self_speculation.training.checkpoints import checkpoint_to_resume, record_to_begin, refuse_to_overwrite
+from self_speculation.training.checkpoints import (
+    checkpoint_to_resume,
+    output_dir_of,
+    record_to_begin,
+    refuse_to_overwrite,
+)
 from self_speculation.training.checks import check_checkpoint, check_numbers, check_weights
 from self_speculation.training.run_record import RunRecord
 from self_speculation.training.trainer import LayerSkipTrainer
@@ -27,7 +32,7 @@ def checked_start(training: TrainingArguments) -> str | None:
     check_numbers(training)
     checkpoint = checkpoint_to_resume(training)
     if not only_evaluates(training):
-        refuse_to_overwrite(Path(training.output_dir), checkpoint)
+        refuse_to_overwrite(output_dir_of(training), checkpoint)
     if checkpoint:
         check_checkpoint(Path(checkpoint), training)
     return checkpoint
@@ -45,10 +50,10 @@ def start(
     Raises:
         ValueError: the checkpoint is of another run, or its weights are not of this model.
     """
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = output_dir_of(trainer.args)
     begun = record_to_begin(output_dir, checkpoint, record, resume_changed)
     if checkpoint:
-        check_weights(Path(checkpoint), trainer.model, trainer.args)
+        check_weights(Path(checkpoint), trainer.llama, trainer.args)
 
     def write() -> None:
         with whole_files(output_dir) as folder:
