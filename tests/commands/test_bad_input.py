@@ -52,7 +52,7 @@ FILES: dict[str, bytes] = {
     "digits.json": b'[{"prompt": ' + b"9" * 5000 + b"}]",
     "half_character.jsonl": b'{"prompt": "a\\ud800", "response": "b", "text": "a\\ud800"}\n',
     "date.yaml": b"max_steps: 2020-13-45\n",
-    "deep.yaml": b"[" * 5000,
+    "deep.yaml": b"[" * 1000,
     "word.json": b'{"num_hidden_layers": "many"}',
     "gpt2.json": b'{"model_type": "gpt2"}',
 }
