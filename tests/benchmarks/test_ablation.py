@@ -22,6 +22,7 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
+from self_speculation.commands.ending import INTERRUPTED
 from self_speculation.generator_base import GenerationConfig, GenerationResult, RowStep
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.run_log import RunLog
@@ -141,8 +142,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(tmp_path / "killed")
+        assert run_main(tmp_path / "killed") == INTERRUPTED
     assert count_steps == [0, 1, 2, 0, 1]
     assert (tmp_path / "killed" / "layer-dropout-0.incomplete").is_dir()
     assert not (tmp_path / "killed" / "layer-dropout-0").exists()
@@ -161,8 +161,7 @@ def test_a_half_written_model_is_not_taken_for_a_finished_one(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", _kill_at_the_model(os.replace))
-        with pytest.raises(KeyboardInterrupt):
-            run_main(tmp_path)
+        assert run_main(tmp_path) == INTERRUPTED
     assert (tmp_path / "baseline-0.incomplete" / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "baseline-0").exists()
     assert RunLog(tmp_path, "ablation").lines() == []

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import hardware_limit
 from benchmarks.hardware_limit import OWN, LimitArguments, ReadShares, ShapeStudy, ideal_speedup
 from benchmarks.synthetic import Goal
+from self_speculation.commands.ending import INTERRUPTED
 from self_speculation.measuring.ceiling import Memory, WeightBytes
 from self_speculation.measuring.probes import Probes
 
@@ -140,8 +141,8 @@ def test_what_was_measured_before_a_kill_is_kept(run_limit: Callable[..., int], 
     def killed() -> int:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run_limit(*ALL, "--batch_sizes", 1, probes=dataclasses.replace(QUICK, live_bytes=killed))
+    probes = dataclasses.replace(QUICK, live_bytes=killed)
+    assert run_limit(*ALL, "--batch_sizes", 1, probes=probes) == INTERRUPTED
     document = json.loads((tmp_path / "logs" / "hardware_limit.json").read_text())
     assert document["shapes"]["tiny"]["strategies"]["autoregressive"]["tokens"] == 10
     assert "`autoregressive`" in (tmp_path / "logs" / "hardware_limit.md").read_text()
