@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.decoding.early_exit import check_supported
 from self_speculation.masking import masked, without_secrets_of
 from self_speculation.pretrained import DamagedCheckpointError, Pretrained
@@ -25,8 +26,6 @@ def bundled(name: str) -> Path:
 
 BUNDLED_CHECKPOINT = bundled("layerskip-python-6M")
 RECOMMENDATION_FILE = "layerskip.json"
-# More drafts than this are a mistake in the file: each takes room in the cache.
-MOST_SPECULATIONS = 1000
 # The (E, d) with the paper's best speed-up (tables of section 6, greedy).
 PAPER_RECOMMENDATIONS = {
     "facebook/layerskip-llama2-7B": (8, 12),

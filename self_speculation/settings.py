@@ -21,6 +21,7 @@ class Limits:
     """
 
     at_least: float | None = None
+    at_most: float | None = None
     flag: str | None = None
     masked: Callable[[str], str] | None = None
 
@@ -59,13 +60,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), limits_of(field).at_least
-            if value is None or least is None:
-                continue
-            if not isinstance(value, int | float):
-                raise ValueError(f"--{flag_of(field)} must be a number, not {value!r}.")
-            if not value >= least:
-                raise ValueError(f"--{flag_of(field)} must be at least {least}, not {value}.")
+            _check(flag_of(field), getattr(self, field.name), limits_of(field))
+
+
+def _check(flag: str, value: Any, limits: Limits) -> None:
+    if value is None or limits.at_least is limits.at_most is None:
+        return
+    if not isinstance(value, int | float):
+        raise ValueError(f"--{flag} must be a number, not {value!r}.")
+    if limits.at_least is not None and not value >= limits.at_least:
+        raise ValueError(f"--{flag} must be at least {limits.at_least}, not {value}.")
+    if limits.at_most is not None and not value <= limits.at_most:
+        raise ValueError(f"--{flag} must be at most {limits.at_most}, not {value}.")
 
 
 def shown(field: Field[Any], value: Any) -> Any:

@@ -7,6 +7,8 @@ from self_speculation.settings import Settings, setting
 
 # Every step searches the whole answer for them.
 MAX_STOP_WORD = 10_000
+# Each takes room in the cache; drafts that pay are a hundred times shorter.
+MOST_SPECULATIONS = 1000
 # torch keeps seeds in 64 bits, with a sign.
 MOST_SEED = 2**63 - 1
 
@@ -20,7 +22,10 @@ class GenerationConfig(Settings):
         None, help="E: layers that draft (1 to L). Default: the checkpoint's recommendation.", at_least=1
     )
     num_speculations: int | None = setting(
-        None, help="d: tokens drafted a step. Default: the checkpoint's recommendation.", at_least=0
+        None,
+        help="d: tokens drafted a step. Default: the checkpoint's recommendation.",
+        at_least=0,
+        at_most=MOST_SPECULATIONS,
     )
     generation_strategy: str = setting(
         "autoregressive",
@@ -47,14 +52,12 @@ class GenerationConfig(Settings):
         help="Draft with the N most frequent tokens only; verification knows all, so the output is the same.",
         at_least=1,
     )
-    seed: int = setting(42, help="Seed of every random draw.", at_least=0)
+    seed: int = setting(42, help="Seed of every random draw.", at_least=0, at_most=MOST_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample and self.temperature <= 0:
             raise ValueError(f"--temperature must be positive, not {self.temperature}; --sample False is greedy.")
-        if self.seed > MOST_SEED:
-            raise ValueError(f"--seed must be at most {MOST_SEED}, not {self.seed}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p must lie above 0 and be at most 1, not {self.top_p}.")
         self._check_stop_words(self.stop_words or [])

@@ -123,6 +123,7 @@ MISTAKES = [
     Mistake("generate benchmark", "--exit_layer 7 --generation_strategy early_exit", "--exit_layer"),
     Mistake("generate benchmark", "--exit_layer 7 --generation_strategy hf_early_exit", "--exit_layer"),
     Mistake("generate correctness benchmark", "--num_speculations -1", "--num_speculations"),
+    Mistake("generate correctness benchmark", "--num_speculations 1001", "--num_speculations must be at most 1000"),
     Mistake("correctness", "--exit_layer 1:9", "--exit_layer"),
     Mistake("correctness", "--exit_layer one", "--exit_layer"),
     Mistake("correctness", "--num_speculations 3:1", "--num_speculations"),
