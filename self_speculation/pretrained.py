@@ -22,6 +22,7 @@ from transformers import (
 
 from self_speculation.log_levels import logging_at
 
+SHARDING_LOGGER = "transformers.distributed.tensor_parallel"
 # Arguments of from_pretrained that say which files are read and how; all others are the model's alone.
 SHARED_OPTIONS = {
     "cache_dir",
@@ -67,7 +68,8 @@ class Pretrained:
             DamagedCheckpointError: a tensor is missing, unknown, of another shape, or not finite.
         """
         options = self.options | self._shared() | {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with logging_at(logging.ERROR, "transformers.modeling_utils"):  # Its report is what is refused below.
+        # Its report is what is refused below. Where it is quiet, transformers tells that no layer is sharded instead.
+        with logging_at(logging.ERROR, "transformers.modeling_utils"), logging_at(logging.ERROR, SHARDING_LOGGER):
             loaded: Any = AutoModelForCausalLM.from_pretrained(self.name, **options)
         model, found = loaded
         self._check_tensors(found)
