@@ -135,11 +135,15 @@ class DraftGiven:
 
 
 class RowOutcome(NamedTuple):
-    """What a step decided for one row: `decided[: accepted + 1]` are its next tokens."""
+    """What a step decided for one row: `decided[: accepted + 1]` are its next tokens.
+
+    `is_finite` has 1 for each token that was decided from finite logits, and 0 for the others.
+    """
 
     accepted: int
     decided: list[int]
     drafted: list[int]
+    is_finite: list[int]
 
 
 class StepOutcome(NamedTuple):
@@ -149,13 +153,14 @@ class StepOutcome(NamedTuple):
 
     @classmethod
     def pack(cls, draft: Draft, verdict: Verdict) -> "StepOutcome":
-        """Accepted count, the d+1 decided tokens, and the d drafted ones, side by side."""
-        return cls(torch.cat([verdict.accepted_B[:, None], verdict.tokens_BT, draft.tokens_Bd], dim=1))
+        """Accepted count, the d+1 decided tokens, whether their logits are finite, and the d drafted ones."""
+        numbers = [verdict.accepted_B[:, None], verdict.tokens_BT, verdict.is_finite_BT, draft.tokens_Bd]
+        return cls(torch.cat(numbers, dim=1))
 
     def unpack(self) -> list[RowOutcome]:
         """The same on the host, row by row."""
-        num_decided = self.packed_BN.shape[1] // 2
+        count = self.packed_BN.shape[1] // 3
         return [
-            RowOutcome(accepted, numbers[:num_decided], numbers[num_decided:])
+            RowOutcome(accepted, numbers[:count], numbers[2 * count :], numbers[count : 2 * count])
             for accepted, *numbers in self.packed_BN.tolist()
         ]
