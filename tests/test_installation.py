@@ -36,6 +36,6 @@ def test_the_pinned_releases_lie_in_the_ranges() -> None:
     pinned = map(Requirement, (ROOT / "requirements.txt").read_text().splitlines())
     pins = {own.name: str(own.specifier).removeprefix("==") for own in pinned}
     extras = PROJECT["project"]["optional-dependencies"]
-    ranges = [*PROJECT["project"]["dependencies"], *extras["bench"], *extras["eval"], *extras["train"]]
+    ranges = [*PROJECT["project"]["dependencies"], *extras["bench"], *extras["eval"], *extras["gguf"], *extras["train"]]
     for requirement in map(Requirement, ranges):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
