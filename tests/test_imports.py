@@ -16,6 +16,7 @@ PACKAGE = "self_speculation"
 RANKS = (
     f"{PACKAGE}.adapter_config {PACKAGE}.log_levels {PACKAGE}.masking {PACKAGE}.settings",
     f"{PACKAGE}.exit_adapter {PACKAGE}.pretrained",
+    f"{PACKAGE}.checkpoint_kinds",
     f"{PACKAGE}.decoding {PACKAGE}.training {PACKAGE}.prompts",
     PACKAGE,
     f"{PACKAGE}.measuring",
