@@ -13,8 +13,8 @@ from self_speculation.measuring.isolation import Isolation
 class PassAt1:
     """Whether the completed function passes its tests; by default in the best isolation that there is."""
 
-    def __init__(self) -> None:
-        self.isolation: Isolation | None = None
+    def __init__(self, isolation: Isolation | None = None) -> None:
+        self.isolation = isolation
 
     def __call__(self, doc: dict[str, Any], results: list[str]) -> dict[str, float]:
         return {"pass@1": float(run(program(doc, results[0]), Sandbox(isolation=self.isolation)).passed)}
@@ -33,7 +33,8 @@ def isolate_programs(tasks: Iterable[Task], unsafely: bool) -> Isolation | None:
     isolation = None
     for task in tasks:
         if isinstance(task.config.process_results, PassAt1):
-            isolation = task.config.process_results.isolation = best_isolation(unsafely)
+            isolation = best_isolation(unsafely)
+            task.config.process_results = PassAt1(isolation)
         elif getattr(task, "UNSAFE_CODE", False):
             name = task.config.task
             warn(f"--confirm_run_unsafe_code: lm-eval's {name} runs what the model writes itself, without a sandbox.")

@@ -29,6 +29,7 @@ from self_speculation.harness.drawn_shots import DrawnShots
 from self_speculation.harness.fitted_prompts import FittedPrompts
 from self_speculation.harness.loaded_tasks import TASKS_FOLDER, LoadedTasks
 from self_speculation.loading import BUNDLED_CHECKPOINT, ModelArguments, load
+from self_speculation.measuring.code_execution import best_isolation
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -147,6 +148,7 @@ def test_tasks_of_different_kinds_in_one_run(
         "--tasks", ",".join(names[:4]), *names[4:], *QUICK, *speculative, "--confirm_run_unsafe_code", "True"
     )
     assert code == 0
+    assert results["programs_are_kept_from_the_network_by"] == best_isolation(unsafely=True)
     assert list(results["results"]) == names
     generating = {f"local_{name}" for name in ("cnn_dailymail", "gsm8k", "humaneval", "topv2", "xsum")}
     assert set(results["speed"]) == generating
@@ -418,7 +420,6 @@ def test_kept_files_that_are_unpickled_are_named_and_private(
         assert said.startswith(f"error: {flag}")
         assert str(file) in said
         file.chmod(0o644)
-    assert run(*flags)[0] == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
