@@ -69,6 +69,11 @@ class BenchmarkArguments(Settings):
     resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
     verbose: bool = setting(False, help="Print every sample's prompt, response and answers.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.execute_code_unsafely and not self.execute_code:
+            raise ValueError("--execute_code_unsafely needs --execute_code True.")
+
     def isolation(self) -> Isolation | None:
         """What isolates the programs that are run; None if there are none.
 

@@ -153,8 +153,8 @@ def best_isolation(unsafely: bool = False, process_source: str = PROCESS_SOURCE)
                 if run("", Sandbox(isolation=isolation, process_source=process_source)).passed:
                     return isolation
     raise ValueError(
-        "--execute_code: neither bubblewrap nor Landlock can be used here, so programs that a model wrote would have "
-        "your rights on this machine; --execute_code_unsafely True runs them all the same."
+        "--execute_code, --confirm_run_unsafe_code: neither bubblewrap nor Landlock can be used here, so programs that "
+        "a model wrote would have your rights on this machine; --execute_code_unsafely True runs them all the same."
     )
 
 

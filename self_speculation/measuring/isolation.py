@@ -30,8 +30,8 @@ MAKE = 1 << 7 | 1 << 8 | 1 << 10
 # What every executable needs, and where Debian's libraries are chosen.
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-# Where a program works inside of bubblewrap.
-INNER_FOLDER = "/tmp"
+# Where a program works inside of bubblewrap: not /tmp, where Python itself may lie.
+INNER_FOLDER = "/program"
 # Names in shared memory, which Python's locks between processes have.
 SHARED_MEMORY_BYTES = 2**20
 
@@ -80,7 +80,7 @@ def confinement(isolation: Isolation, folder: str, written_bytes: int) -> Confin
         rules = [(path, READ) for path in [*SYSTEM, *python_files()]]
         rules += [(path, READ | WRITE) for path in DEVICES] + [(folder, READ | WRITE | MAKE)]
         measures = [("drop_root", True)] if is_root else []
-        measures += [("adopt_orphans", None), ("restrict_files", rules)]
+        measures += [("stand_above", None), ("restrict_files", rules)]
         measures.append(("filter_calls", _filter(ALWAYS + WITHOUT_NAMESPACES)))
         return Confinement((), measures, becomes_nobody=is_root)
     if isolation is Isolation.NETWORK_NAMESPACE:

@@ -115,9 +115,10 @@ def drop_root(keeps_reading: bool) -> None:
     call("prctl", set_dumpable, 1, 0, 0, 0)
 
 
-def adopt_orphans(_: None) -> None:
-    """Become the parent of every process below this one whose own parent ends, so that all of them are found."""
-    set_child_subreaper = 36
+def stand_above(_: None) -> None:
+    """Become the parent of all below this process whose own parent ends, so that they are found; end with ours."""
+    set_parent_death_signal, set_child_subreaper = 1, 36
+    call("prctl", set_parent_death_signal, 9, 0, 0, 0)
     call("prctl", set_child_subreaper, 1, 0, 0, 0)
 
 

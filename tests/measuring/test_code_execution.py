@@ -24,6 +24,8 @@ from self_speculation.measuring.code_execution import (
 )
 from self_speculation.measuring.isolation import Isolation
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(params=list(Isolation))
 def isolation(request: pytest.FixtureRequest) -> Isolation:
@@ -258,8 +260,54 @@ def test_the_probe_asks_the_kernel(error: str, isolation: Isolation) -> None:
 
 
 def test_what_is_not_safe_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--execute_code: .*--execute_code_unsafely True"):
+    with pytest.raises(ValueError, match=r"--execute_code.*--execute_code_unsafely True"):
         best_isolation(process_source=PROCESS_SOURCE + NO_SEAL)
+
+
+# A machine without namespaces and Landlock: none of their calls is allowed.
+FORBIDDING = """
+from self_speculation.measuring.program_process import filter_calls
+from self_speculation.measuring.system_calls import NEW_NAMESPACE, Condition, Rule, seccomp_filter
+landlock, unshare = Rule((444, 444)), Rule((272, 97))
+filter_calls(seccomp_filter((landlock, unshare, Rule((56, 220), 0, Condition.HAS_BIT, NEW_NAMESPACE))))
+"""
+
+
+def test_a_machine_that_has_neither() -> None:
+    source = """
+from self_speculation.measuring.code_execution import best_isolation
+print(best_isolation(unsafely=True).value)
+try:
+    best_isolation()
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", FORBIDDING + source], capture_output=True, text=True, cwd=ROOT)
+    taken, refusal = done.stdout.splitlines()
+    assert taken == Isolation.BLOCKED_SOCKETS
+    assert refusal.startswith("--execute_code, --confirm_run_unsafe_code: neither bubblewrap nor Landlock")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "benchmark --dataset human_eval --execute_code True",
+        "eval --tasks local_humaneval --confirm_run_unsafe_code True",
+    ],
+)
+def test_the_programs_refuse_there_in_one_sentence(
+    command: str, humaneval: list[dict[str, str]], data_folder: Path, tmp_path: Path
+) -> None:
+    name, *flags = command.split()
+    places = ["--data_dir" if name == "eval" else "--data_path", str(data_folder)]
+    flags += [*places, "--output_dir", str(tmp_path)]
+    source = f"{FORBIDDING}\nimport sys\nsys.argv[1:] = {flags!r}\n"
+    source += f"from self_speculation.commands.{name} import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --execute_code")
+    assert "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_isolated_is_not_run() -> None:
