@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from self_speculation.adapter_config import file_beside
+from self_speculation.checkpoint_kinds import checkpoint
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.decoding.early_exit import check_supported
 from self_speculation.masking import masked, without_secrets_of
-from self_speculation.pretrained import DamagedCheckpointError, Pretrained
+from self_speculation.pretrained import DamagedCheckpointError
 from self_speculation.settings import Settings, setting
 
 
@@ -38,7 +40,11 @@ DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 class ModelArguments(Settings):
     """Which model, and where and how it runs."""
 
-    model: str = setting(str(BUNDLED_CHECKPOINT), help="Folder or hub name; the bundled checkpoint by default.")
+    model: str = setting(
+        str(BUNDLED_CHECKPOINT),
+        help="Folder (a checkpoint, or a PEFT adapter that names its base), .gguf file, or hub name; the bundled "
+        "checkpoint by default.",
+    )
     model_args: str | None = setting(
         None,
         help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main.",
@@ -74,19 +80,19 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     """
     options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     _check_trust(arguments.model, options)
-    checkpoint = Pretrained(arguments.model, options)
+    source = checkpoint(arguments.model, options)
     try:
         if "dtype" not in options:
-            dtype = _dtype(arguments.dtype, checkpoint.config(), device)
-            checkpoint = replace(checkpoint, options=options | {"dtype": dtype})
-        model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
+            dtype = _dtype(arguments.dtype, source.config(), device)
+            source = replace(source, options=source.options | {"dtype": dtype})
+        model, tokenizer = source.model(), source.tokenizer()
     except DamagedCheckpointError:
         raise
     # What reads the files of a checkpoint raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
         raise ValueError(_loading_sentence(arguments, error)) from error
     check_supported(model)
-    checkpoint.check_vocabulary(model, tokenizer)
+    source.check_vocabulary(model, tokenizer)
     if "device_map" not in options:
         model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
     return model.eval(), tokenizer
@@ -98,8 +104,8 @@ def read_recommendation(name: str, num_layers: int) -> Recommendation:
     Raises:
         ValueError: the file beside the weights holds something else.
     """
-    path = Path(name) / RECOMMENDATION_FILE
-    if path.exists():
+    path = file_beside(name, RECOMMENDATION_FILE)
+    if path is not None:
         return _recommendation_in(path, num_layers)
     if name in PAPER_RECOMMENDATIONS:
         return Recommendation(*PAPER_RECOMMENDATIONS[name], "the paper's choice")
@@ -187,6 +193,7 @@ def _loading_sentence(arguments: ModelArguments, error: Exception) -> str:
     reason = (text.splitlines() or [""])[0] or type(error).__name__
     if isinstance(error, TypeError) and given:
         return f"--model_args {masked(given)}: {reason}."
-    if Path(name).is_dir():
-        return f"--model {name}: the folder has no model that transformers can load ({reason})"
+    if Path(name).exists():
+        kind = "folder" if Path(name).is_dir() else "file"
+        return f"--model {name}: the {kind} has no model that transformers can load ({reason})"
     return f"--model {name} is neither a folder nor a model that the hub could give ({reason})"
