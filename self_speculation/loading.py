@@ -14,6 +14,7 @@ from self_speculation.adapter_config import file_beside
 from self_speculation.checkpoint_kinds import checkpoint
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.decoding.early_exit import check_supported
+from self_speculation.decoding.generation_defaults import check_defaults, ignore_defaults
 from self_speculation.masking import masked, without_secrets_of
 from self_speculation.pretrained import DamagedCheckpointError
 from self_speculation.settings import Settings, setting
@@ -56,6 +57,9 @@ class ModelArguments(Settings):
         help="auto, float32, bfloat16, float16 or float64; auto is the checkpoint's own, but float32 on CPUs that are "
         "slow in 16 bits.",
     )
+    ignore_generation_config: bool = setting(
+        default=False, help="Leave out what the checkpoint's generation_config.json would change about the logits."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +80,8 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
-        ValueError: no such model, no weights or damaged ones, no access, or a model that cannot exit early.
+        ValueError: no such model, no weights or damaged ones, no access, a model that cannot exit early, or defaults
+            of generation that cannot be honoured.
     """
     options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     _check_trust(arguments.model, options)
@@ -93,6 +98,9 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
         raise ValueError(_loading_sentence(arguments, error)) from error
     check_supported(model)
     source.check_vocabulary(model, tokenizer)
+    if arguments.ignore_generation_config:
+        ignore_defaults(model.generation_config)
+    check_defaults(model.generation_config, sample=False)
     if "device_map" not in options:
         model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
     return model.eval(), tokenizer

@@ -37,6 +37,7 @@ from self_speculation.measuring.tables import print_figures
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import fit, prompt_limit
 from self_speculation.prompts.sources import read_examples
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.strategies import STRATEGIES
 
@@ -67,6 +68,7 @@ class BenchmarkArguments(Settings):
         "the network alone.",
     )
     resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
     verbose: bool = setting(False, help="Print every sample's prompt, response and answers.")
 
     def __post_init__(self) -> None:
@@ -134,7 +136,8 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
     transformers.utils.logging.set_verbosity_error()
     # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
     # Ranks wait for the slowest, however long.
-    is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
+    with all_present(arguments.rendezvous_timeout):
+        is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
     if arguments.execute_code and dataset.dataset != "human_eval":
         raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
     isolation = arguments.isolation()

@@ -27,6 +27,7 @@ from self_speculation.harness.program_scores import isolate_programs
 from self_speculation.harness.report import print_report
 from self_speculation.harness.result_files import described, save
 from self_speculation.loading import ModelArguments
+from self_speculation.rendezvous import all_present
 
 # The flags, in the order in which `main` takes them.
 GROUPS = (EvalArguments, ModelArguments, EvalConfig, OutputArguments)
@@ -47,7 +48,8 @@ def main() -> None:
     isolation = isolate_programs(tasks.tasks.values(), arguments.execute_code_unsafely) if runs_code else None
     if arguments.check_integrity:
         run_task_tests(tasks.names)
-    lm = LayerSkipLM.load(model_arguments, config.generation(), **arguments.batch_sizes())
+    with all_present(arguments.rendezvous_timeout):
+        lm = LayerSkipLM.load(model_arguments, config.generation(), **arguments.batch_sizes())
     if arguments.measure_speedup:
         lm.measure_speedup()
     description = described(model_arguments, lm)

@@ -6,6 +6,7 @@ python train.py --recipe finetune_topv2_1.5b --model runs/first --data_path topv
 """
 
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from self_speculation.measuring.recommendation import recommend
 from self_speculation.measuring.run_log import set_aside
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.sources import read_source
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.models import TrainedModelArguments, model_to_train
@@ -54,6 +56,7 @@ class RunArguments(Settings):
         at_least=0,
         help="Held-out prompts by which layerskip.json is chosen at the end; 0: do not choose.",
     )
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.")
 
 
@@ -69,6 +72,14 @@ def check(texts: TextArguments, training: TrainingArguments) -> None:
         raise ValueError("--output_dir must not be empty.")
     if texts.streaming and training.max_steps < 1:
         raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
+
+
+def rendezvous_seconds(args: list[str]) -> int:
+    """What `--rendezvous_timeout` says, before all flags are read; what is wrong with it is said then."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rendezvous_timeout", default=str(RENDEZVOUS_SECONDS))
+    given = parser.parse_known_args(args)[0].rendezvous_timeout
+    return int(given) if given.isdecimal() else RENDEZVOUS_SECONDS
 
 
 def make_trainer(
@@ -115,9 +126,12 @@ RARE = (TrainingArguments,)
     lower="--per_device_train_batch_size or --block_size",
 )
 def main() -> None:
-    run, text_arguments, model_arguments, layerskip, training = parse(
-        *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
-    )
+    args = with_recipe(RECIPES, sys.argv[1:])
+    # transformers' arguments form the group of processes as they are made.
+    with all_present(rendezvous_seconds(args)):
+        run, text_arguments, model_arguments, layerskip, training = parse(
+            *GROUPS, rare=RARE, args=args, description=__doc__
+        )
     check(text_arguments, training)
     checkpoint = checked_start(training)
     set_seed(training.seed)

@@ -48,6 +48,7 @@ from self_speculation.harness.speed_figures import SpeedFigures
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.log_levels import logging_at
 from self_speculation.measuring.rivals import RIVALS
+from self_speculation.rendezvous import all_present
 from self_speculation.strategies import fill_in, make_strategy
 
 NO_OTHERS: Mapping[str, Any] = {}
@@ -271,7 +272,8 @@ def _timed(
 def main() -> None:
     """lm-eval's own command line, which knows `--model layerskip` by this module's import."""
     try:
-        cli_evaluate()
+        with all_present():
+            cli_evaluate()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

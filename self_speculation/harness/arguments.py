@@ -7,6 +7,7 @@ from typing import Any
 
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.harness.model_args import DEFAULT_MAX_STEPS
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS
 from self_speculation.settings import Settings, setting
 
 VERBOSITIES = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
@@ -59,6 +60,7 @@ class EvalArguments(Settings):
     execute_code_unsafely: bool = setting(
         False, help="Where there is no sandbox, let local_humaneval run it with your rights all the same."
     )
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
     random_seed: int = setting(0, help="Seed of Python's random numbers.")
     numpy_random_seed: int = setting(1234, help="Seed of NumPy's random numbers.")
     torch_random_seed: int = setting(1234, help="Seed of torch's random numbers.")
@@ -90,7 +92,7 @@ class EvalArguments(Settings):
     def harness_options(self) -> dict[str, Any]:
         """What lm-eval's `simple_evaluate` takes by the same name."""
         own = {"tasks", "data_dir", "include_path", "measure_speedup", "max_batch_size", "verbosity", "check_integrity"}
-        own.add("execute_code_unsafely")
+        own |= {"execute_code_unsafely", "rendezvous_timeout"}
         return {name: value for name, value in vars(self).items() if name not in own}
 
 

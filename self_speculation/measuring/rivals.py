@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.generation_defaults import ignore_defaults
 from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -369,9 +370,13 @@ def _sampling_errors(model: LlamaForCausalLM) -> Iterator[None]:
 
 @contextmanager
 def _generation_config(model: LlamaForCausalLM, config: GenerationConfig) -> Iterator[None]:
-    """The model's generation config with a constant draft length, whatever the draft's confidence; put back after."""
+    """The model's generation config with a constant draft length, whatever the draft's confidence; put back after.
+
+    What it says about logits comes with the request.
+    """
     own, num_layers = model.generation_config, model.config.num_hidden_layers
     model.generation_config = copy.copy(own)
+    ignore_defaults(model.generation_config)
     model.generation_config.num_assistant_tokens = config.num_speculations
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0.0

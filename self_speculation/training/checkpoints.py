@@ -14,10 +14,12 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from self_speculation.pretrained import is_finite
 from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
 from self_speculation.training.whole_files import whole_files
 
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
+LOWER = "a lower rate may train, unless numbers overflow in --model's own weights"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -127,8 +129,29 @@ class WholeCheckpointTrainer(Trainer):
         """The model; transformers' own annotation allows any, and none."""
         return cast(LlamaForCausalLM, self.model)
 
+    @property
+    def diverged(self) -> str:
+        """How a sentence begins that says so."""
+        return f"--learning_rate {self.args.learning_rate}"
+
+    def check_finite(self) -> None:
+        """Refuse to write weights that are of no use.
+
+        Raises:
+            ValueError: names one.
+        """
+        for name, parameter in self.llama.named_parameters():
+            if not is_finite(parameter):
+                step = self.state.global_step
+                raise ValueError(f"{self.diverged}: after step {step} {name} is NaN or infinite; {LOWER}.")
+
     def save_trained(self) -> None:
-        """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes."""
+        """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        self.check_finite()
         model = self.whole_model()
         if model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
@@ -166,6 +189,7 @@ class WholeCheckpointTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside the others and rename it, so that a kill leaves no half of one."""
+        self.check_finite()
         self.is_saving = True
         try:
             super()._save_checkpoint(model, trial)

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ProgressCallback
 
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.checkpoints import WholeCheckpointTrainer
+from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
 from self_speculation.training.early_exit_loss import EarlyExitLoss
 from self_speculation.training.exit_measures import exit_metrics, scoring
@@ -47,6 +48,14 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         finally:
             self.dropout.remove()
             self.early_exit_loss.remove()
+            self._close_bars()
+
+    def _close_bars(self) -> None:
+        """Let no progress bar that was cut short be drawn once more, under what is said of the reason."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in filter(None, (callback.training_bar, callback.prediction_bar)):
+                    bar.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own optimiser, or Muon with AdamW."""
@@ -56,11 +65,19 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         return super().create_optimizer(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Tell the dropout and the loss where training is, t; then the Trainer's forward and backward pass."""
+        """Tell the dropout and the loss where training is, t; then the Trainer's forward and backward pass.
+
+        Raises:
+            ValueError: the loss is not finite, and so would be the weights.
+        """
         step = self.state.global_step
         self.dropout.micro_batch = self.dropout.micro_batch + 1 if step == self.dropout.step else 0
         self.dropout.step = self.early_exit_loss.step = step
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        # The Trainer itself looks at this number next, so that nothing waits longer for it.
+        if not loss.isfinite():
+            raise ValueError(f"{self.diverged}: the loss of step {step + 1} is {loss.item()}; {LOWER}.")
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The measures of the last layer and of every exit, on all processes together."""

@@ -162,6 +162,8 @@ MISTAKES = [
     Mistake("generate", "--device cuda:99", "--device"),
     Mistake(DECODE, "--model_args revision", "--model_args"),
     Mistake("generate", "--model_args nonsense=3", "--model_args"),
+    Mistake(DECODE, "--model BAD/beams", "generation_config.json has num_beams 4"),
+    Mistake("generate", "--model BAD/min_p --sample True", "generation_config.json has min_p 0.1"),
     Mistake("generate correctness eval", "--model BAD/overflowing --dtype float16", "in float16; a wider --dtype"),
     # Prompts
     Mistake("generate", "--prompt_file no_such_file.txt", "no_such_file.txt"),
@@ -323,6 +325,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     large = {name: 1e3 * tensor if "mlp" in name else tensor for name, tensor in tensors.items()}
     save_file(large, path / "overflowing" / "model.safetensors", {"format": "pt"})
+    for name, content in (("beams", '{"num_beams": 4}'), ("min_p", '{"min_p": 0.1}')):
+        shutil.copytree(folder, path / name)
+        (path / name / "generation_config.json").write_text(content)
     shutil.copytree(folder, path / "no_weights")
     (path / "no_weights" / "model.safetensors").unlink()
     return path
