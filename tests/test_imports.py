@@ -27,7 +27,7 @@ RANK = {house: rank for rank, houses in enumerate(RANKS) for house in houses.spl
 FOLDERS = (PACKAGE, "benchmarks")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 # What decoding does without.
-HEAVY = {"datasets", "lm_eval", "matplotlib", "pandas"}
+HEAVY = {"datasets", "lm_eval", "matplotlib", "pandas", "peft"}
 # Files of the package that import one another; the doors at the top stand on them.
 MAX_CHAIN = 10
 MAX_LINES = 60
