@@ -60,7 +60,9 @@ class RunArguments(Settings):
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.")
 
 
-def check(texts: TextArguments, training: TrainingArguments) -> None:
+def check(
+    texts: TextArguments, model: TrainedModelArguments, layerskip: LayerSkipArguments, training: TrainingArguments
+) -> None:
     """Refuse what would only be noticed later, without a flag's name.
 
     Raises:
@@ -72,6 +74,8 @@ def check(texts: TextArguments, training: TrainingArguments) -> None:
         raise ValueError("--output_dir must not be empty.")
     if texts.streaming and training.max_steps < 1:
         raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
+    if layerskip.lora_rank and not model.model:
+        raise ValueError("--lora_rank is for a trained model, and needs --model.")
 
 
 def rendezvous_seconds(args: list[str]) -> int:
@@ -132,7 +136,7 @@ def main() -> None:
         run, text_arguments, model_arguments, layerskip, training = parse(
             *GROUPS, rare=RARE, args=args, description=__doc__
         )
-    check(text_arguments, training)
+    check(text_arguments, model_arguments, layerskip, training)
     checkpoint = checked_start(training)
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)

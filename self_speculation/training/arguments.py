@@ -42,6 +42,10 @@ class LayerSkipArguments(Settings):
         "labels", help="What early exits learn: the labels, or the last layer's distribution."
     )
     loss_chunk_tokens: int = setting(CHUNK_TOKENS, at_least=1, help="Positions whose logits the loss holds at a time.")
+    lora_rank: int = setting(
+        0, at_least=0, help="Rank of LoRA adapters of the layers' matrices, trained in place of all weights; 0: none."
+    )
+    lora_alpha: float = setting(16.0, help="An adapter's matrices are multiplied by alpha / rank.")
     muon: bool = setting(default=False, help="Optimise the layers' matrices with Muon, and the rest with AdamW.")
     compile_layers: bool = setting(default=False, help="Compile each decoder layer with torch.compile.")
 
@@ -50,7 +54,11 @@ class LayerSkipArguments(Settings):
             raise ValueError(f"--p_max must lie between 0 and 1, not {self.p_max}.")
         if not 0 <= self.e_scale < math.inf:
             raise ValueError(f"--e_scale must be a finite number from 0 up, not {self.e_scale}.")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"--lora_alpha must be a finite number above 0, not {self.lora_alpha}.")
         super().__post_init__()
+        if self.lora_rank and self.muon:
+            raise ValueError("--muon is for whole matrices, and does not go with --lora_rank.")
 
     def dropout_rates(self, num_layers: int, num_steps: int) -> DropoutRates:
         """p_{l,t} (4.1.1), for a model of `num_layers` layers that is trained for `num_steps` steps."""

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from self_speculation.pretrained import is_finite
+from self_speculation.training.lora import adapter_tensors, merged, save_adapter
 from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
 from self_speculation.training.whole_files import whole_files
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
 LOWER = "a lower rate may train, unless numbers overflow in --model's own weights"
@@ -126,8 +130,17 @@ class WholeCheckpointTrainer(Trainer):
 
     @property
     def llama(self) -> LlamaForCausalLM:
-        """The model; transformers' own annotation allows any, and none."""
-        return cast(LlamaForCausalLM, self.model)
+        """The model, without what LoRA puts around it."""
+        return self.model if isinstance(self.model, LlamaForCausalLM) else cast(Any, self.model).get_base_model()
+
+    @property
+    def adapted(self) -> "PeftModel | None":
+        """The model with its adapters, if it is trained with LoRA."""
+        return None if isinstance(self.model, LlamaForCausalLM) else cast("PeftModel", self.model)
+
+    def tensors_to_save(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint has, by their names there."""
+        return self.llama.state_dict() if self.adapted is None else adapter_tensors(self.adapted)
 
     @property
     def diverged(self) -> str:
@@ -148,10 +161,14 @@ class WholeCheckpointTrainer(Trainer):
     def save_trained(self) -> None:
         """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes.
 
+        With LoRA it is the merged one, and the adapter is written beside it.
+
         Raises:
             ValueError: a weight is not finite.
         """
         self.check_finite()
+        if self.adapted is not None and self.is_world_process_zero():
+            save_adapter(self.adapted, output_dir_of(self.args))
         model = self.whole_model()
         if model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
@@ -164,6 +181,8 @@ class WholeCheckpointTrainer(Trainer):
         state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if not self.is_world_process_zero():
             return None
+        if self.adapted is not None:
+            return merged(self.adapted)
         if state_dict is None:
             return self.llama
         whole = LlamaForCausalLM(self.llama.config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, SchedulerType, Trainer, TrainerState, TrainingArguments, get_scheduler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
@@ -93,8 +93,8 @@ def check_checkpoint(checkpoint: Path, training: TrainingArguments) -> None:
         _check_saved(path)
 
 
-def check_weights(checkpoint: Path, model: PreTrainedModel, training: TrainingArguments) -> None:
-    """Refuse a checkpoint whose weights cannot be read, or are not those of the model.
+def check_weights(checkpoint: Path, own: dict[str, Tensor], training: TrainingArguments) -> None:
+    """Refuse a checkpoint whose weights cannot be read, or have other names or shapes than the model's own.
 
     Raises:
         ValueError: names the file, and the weight that does not fit.
@@ -103,9 +103,9 @@ def check_weights(checkpoint: Path, model: PreTrainedModel, training: TrainingAr
         return
     # The names of weights that share memory: only one of them is kept.
     names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in own.items():
         names.setdefault(tensor.data_ptr(), []).append(name)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     paths = sorted(checkpoint.glob("*.safetensors"))
     found = {name: (path, shape) for path in paths for name, shape in _shapes(path).items()}
     for name, (path, shape) in found.items():

@@ -124,8 +124,8 @@ class LayerDropout:
 
 
 def _zero_through(layer: nn.Module) -> Tensor | int:
-    """A zero that depends on every parameter, so that DDP finds a gradient where the whole batch is dropped."""
-    return sum(parameter.sum() * 0.0 for parameter in layer.parameters())
+    """A zero that depends on every parameter that learns: DDP finds a gradient where the whole batch is dropped."""
+    return sum(parameter.sum() * 0.0 for parameter in layer.parameters() if parameter.requires_grad)
 
 
 def _select_rows(value: Any, index_K: Tensor, batch_size: int) -> Any:

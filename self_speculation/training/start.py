@@ -56,7 +56,7 @@ def start(
     output_dir = output_dir_of(trainer.args)
     begun = record_to_begin(output_dir, checkpoint, record, resume_changed)
     if checkpoint:
-        check_weights(Path(checkpoint), trainer.llama, trainer.args)
+        check_weights(Path(checkpoint), trainer.tensors_to_save(), trainer.args)
 
     def write() -> None:
         with whole_files(output_dir) as folder:

@@ -1,10 +1,10 @@
 """LayerSkip training (section 4.1 of the paper): layer dropout and early-exit loss in transformers' `Trainer`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback
+from transformers import LlamaForCausalLM, ProgressCallback, TrainingArguments
 
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
@@ -13,7 +13,29 @@ from self_speculation.training.early_exit_loss import EarlyExitLoss
 from self_speculation.training.exit_measures import exit_metrics, scoring
 from self_speculation.training.labels import num_labels
 from self_speculation.training.layer_dropout import LayerDropout
+from self_speculation.training.lora import with_lora
 from self_speculation.training.muon import MuonWithAdamW
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def prepared(
+    model: LlamaForCausalLM, training: TrainingArguments, layerskip: LayerSkipArguments
+) -> "LlamaForCausalLM | PeftModel":
+    """The model as it is trained: with adapters, if a rank is given.
+
+    Raises:
+        ValueError: LoRA cannot be had, or not with this.
+    """
+    if not layerskip.lora_rank:
+        return model
+    if training.fsdp or training.deepspeed:
+        raise ValueError("--lora_rank does not go with --fsdp or --deepspeed.")
+    if training.gradient_checkpointing:
+        # Frozen embeddings would give layers an input without gradients, which reentrant checkpointing passes over.
+        model.enable_input_require_grads()
+    return with_lora(model, layerskip.lora_rank, layerskip.lora_alpha, training.seed)
 
 
 class LayerSkipTrainer(WholeCheckpointTrainer):
@@ -22,8 +44,11 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
     Its evaluation has the measures of every exit layer, like `eval_exit_3_agreement`.
     """
 
-    def __init__(self, *args: Any, layerskip: LayerSkipArguments, **kwargs: Any) -> None:
-        super().__init__(*args, compute_metrics=exit_metrics, **kwargs)
+    def __init__(
+        self, model: LlamaForCausalLM, training: TrainingArguments, layerskip: LayerSkipArguments, **kwargs: Any
+    ) -> None:
+        trained = prepared(model, training, layerskip)
+        super().__init__(trained, training, compute_metrics=exit_metrics, **kwargs)
         self.layerskip = layerskip
         num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if num_steps < 1:

@@ -187,6 +187,25 @@ def test_two_processes_train_like_one(
 
 
 @pytest.mark.slow
+def test_adapters_train_in_two_processes_like_in_one(flags: list[str], tmp_path: Path) -> None:
+    run_script([*flags, "--max_steps", "1"])
+    # The last layer is dropped at every step: its adapters have no gradients but those that dropout gives them.
+    own = ["--model", str(tmp_path / "out"), "--lora_rank", "2", "--p_max", "1.0"]
+    run_script([*flags, *own, "--output_dir", str(tmp_path / "one")])
+    own += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
+    run_script([*flags, *own, "--ddp_find_unused_parameters", "False"], num_processes=2)
+    for file in ("adapter/adapter_model.safetensors", "model.safetensors"):
+        one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, expected in one.items():
+            torch.testing.assert_close(two[name], expected, rtol=0, atol=1e-5)
+    before = load_file(tmp_path / "out" / "model.safetensors")
+    assert not torch.equal(one["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(one["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(one["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+@pytest.mark.slow
 def test_killed_runs_end_like_the_uninterrupted_one(flags: list[str], tmp_path: Path) -> None:
     steps = ["--p_max", "0.5", "--max_steps", "60", "--save_steps", "5", "--resume_from_checkpoint", "True"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -1,0 +1,58 @@
+"""LoRA (arXiv 2106.09685): low-rank adapters of the layers' matrices are trained, and the model's own weights kept.
+
+A matrix W of the model is used as W + (alpha / rank) · B A. Only attention's and the MLP's matrices have adapters:
+head and embeddings may be one matrix, into which an adapter of one would merge for both. PEFT does the work; it is
+imported when adapters are asked for.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from self_speculation.training.whole_files import whole_files
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Beside the merged model, which every program loads.
+ADAPTER_FOLDER = "adapter"
+
+
+def with_lora(model: LlamaForCausalLM, rank: int, alpha: float, seed: int) -> "PeftModel":
+    """The model with an adapter of every layer's matrices; all other weights are frozen.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("--lora_rank needs the package peft (pip install peft).") from error
+    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=list(ADAPTED), task_type="CAUSAL_LM")
+    # A is drawn, whatever was drawn before. B is zero: at first the model is what it was.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cast("PeftModel", get_peft_model(model, config))
+
+
+def adapter_tensors(model: "PeftModel") -> dict[str, Tensor]:
+    """The adapter's weights, as a checkpoint has them."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def save_adapter(model: "PeftModel", output_dir: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into the folder `adapter`, whole or not at all."""
+    with whole_files(output_dir / ADAPTER_FOLDER) as folder:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, with nothing filled in.
+
+
+def merged(model: "PeftModel") -> LlamaForCausalLM:
+    """The model with its adapter added to its own weights, in which there is no adapter any more."""
+    return cast(LlamaForCausalLM, model.merge_and_unload())
