@@ -25,7 +25,9 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
+from self_speculation.measuring.code_execution import best_isolation
 from self_speculation.measuring.figures import rounded
+from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.passes import TimePasses, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
@@ -56,15 +58,30 @@ class BenchmarkArguments(Settings):
     execute_code: bool = setting(
         False,
         help="Run the answers to human_eval against its tests (pass@1). Off because it runs code that a model "
-        "wrote. Each program has its own process, limits of time, memory and file size, and no network: a network "
-        "namespace where the system allows one, else only blocked sockets; the results say which.",
+        "wrote. Each program is shut off from files, processes and network, by bubblewrap or else by Landlock, and "
+        "has limits of time, memory, disk space and processes; the results say which. docs/sandbox.md has the rest.",
+    )
+    execute_code_unsafely: bool = setting(
+        False,
+        help="Where there is neither, run them all the same: with your rights on files and processes, and kept from "
+        "the network alone.",
     )
     resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
     verbose: bool = setting(False, help="Print every sample's prompt, response and answers.")
 
+    def isolation(self) -> Isolation | None:
+        """What isolates the programs that are run; None if there are none.
+
+        Raises:
+            ValueError: nothing does, and nobody asked for that.
+        """
+        return best_isolation(self.execute_code_unsafely) if self.execute_code else None
+
     def scorers(self) -> list[Scorer]:
         """What the answers are scored by."""
-        return [*([score_text] if self.score_text else []), *([score_code] if self.execute_code else [])]
+        isolation = self.isolation()
+        code: list[Scorer] = [] if isolation is None else [partial(score_code, isolation=isolation)]
+        return [*([score_text] if self.score_text else []), *code]
 
 
 @dataclass
@@ -115,6 +132,7 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
     is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
     if arguments.execute_code and dataset.dataset != "human_eval":
         raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
+    isolation = arguments.isolation()
     if arguments.batch_size > 1:
         config.check_batches()
     settings = by_flag(*groups)
@@ -137,7 +155,7 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
     if is_main:
         figures = benchmark.results(ceiling, arguments.scorers())
         prompts = {"samples": len(examples), "shortened": num_shortened, "most_tokens": limit.most}
-        log.write(benchmark.document(ceiling, figures) | {"arguments": settings, "prompts": prompts})
+        log.write(benchmark.document(ceiling, figures, isolation) | {"arguments": settings, "prompts": prompts})
         print_figures(figures, Console(highlight=False))
         note(f"{log.document} has all figures, {log.log} every answer.")
         print(json.dumps({"strategies": rounded({name: own.as_json() for name, own in figures.items()})}))

@@ -54,9 +54,9 @@ class DraftHead:
         weight = model.lm_head.weight
         return len(self.tokens_N) == num_tokens and weight is self.source and weight_version(weight) == self.version
 
-    def logits(self, model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
-        """Logits (B, T, V) of an exit's hidden states; those of all other tokens are −∞."""
-        logits_BTN = linear(model.model.norm(hidden_BTD), self.rows_ND)
+    def logits(self, normed_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of an exit's hidden states behind their norm; those of all other tokens are −∞."""
+        logits_BTN = linear(normed_BTD, self.rows_ND)
         impossible = logits_BTN.new_full((*logits_BTN.shape[:2], len(self.source)), float("-inf"))
         return impossible.index_copy(-1, self.tokens_N, logits_BTN)
 

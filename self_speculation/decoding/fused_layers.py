@@ -157,8 +157,10 @@ def _attend_by_sums(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
 
 
 def fuse(model: LlamaForCausalLM) -> None:
-    """Fuse every plain layer that is not fused, or whose parameters were moved since."""
-    for layer in model.model.layers:
+    """Fuse every plain layer that is not fused, or whose parameters were moved since; an exit adapter's too."""
+    for layer in model.modules():
+        if not isinstance(layer, LlamaDecoderLayer):
+            continue
         fused = fused_layer(layer)
         if not _is_plain(layer):
             layer.fused = None

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -50,6 +50,7 @@ from self_speculation.log_levels import logging_at
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.strategies import fill_in, make_strategy
 
+NO_OTHERS: Mapping[str, Any] = {}
 # Generation arguments of a task that we have no use for, with the only value of each that changes nothing.
 NEUTRAL_ARGUMENTS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
 
@@ -88,9 +89,19 @@ class LayerSkipLM(HFLM):
         return self.generation.max_new_tokens
 
     @classmethod
-    def load(cls, model_arguments: ModelArguments, config: GenerationConfig, **options: Any) -> "LayerSkipLM":
-        """The model on this process's device; what `config` leaves open is as the checkpoint recommends."""
-        model, tokenizer = load(replace(model_arguments, device=process_device(model_arguments.device)))
+    def load(
+        cls,
+        model_arguments: ModelArguments,
+        config: GenerationConfig,
+        loading: Mapping[str, Any] = NO_OTHERS,
+        **options: Any,
+    ) -> "LayerSkipLM":
+        """The model on this process's device; what `config` leaves open is as the checkpoint recommends.
+
+        `loading` has arguments of `from_pretrained` beside those of `model_arguments`, `options` lm-eval's own.
+        """
+        device = process_device(model_arguments.device)
+        model, tokenizer = load(replace(model_arguments, device=device), **loading)
         advice = advice_for(model)
         return cls(model, tokenizer, fill_in(config, advice, RIVALS), **options)
 
@@ -98,10 +109,13 @@ class LayerSkipLM(HFLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "LayerSkipLM":
-        """Load what lm-eval's `--model_args` name: a model, the fields of `GenerationConfig`, options of lm-eval."""
+        """Load what lm-eval's `--model_args` name.
+
+        That is a model, arguments of `from_pretrained`, the fields of `GenerationConfig`, options of lm-eval.
+        """
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        model_arguments, config, options = read_model_args(arg_dict | given)
-        return cls.load(model_arguments, config, **options)
+        args = read_model_args(arg_dict | given)
+        return cls.load(args.model, args.generation, args.loading, **args.options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "LayerSkipLM":

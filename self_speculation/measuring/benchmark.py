@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.code_execution import completion, network_isolation, pass_at_1, program
+from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
+from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.passes import TimePasses, Timing, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
@@ -108,12 +109,14 @@ class Benchmark:
             )
         return figures
 
-    def document(self, ceiling: Ceiling, figures: dict[str, StrategyFigures]) -> dict[str, Any]:
-        """All figures, and what they depend on."""
+    def document(
+        self, ceiling: Ceiling, figures: dict[str, StrategyFigures], isolation: Isolation | None = None
+    ) -> dict[str, Any]:
+        """All figures, and what they depend on; `isolation` is that of the programs that were run."""
         found = surroundings(self.model.device)
         found |= {"dtype": str(self.model.dtype), "ranks": self.ranks.num_processes}
-        if any("pass_at_1" in own.scores for own in figures.values()):
-            found["programs_are_kept_from_the_network_by"] = str(network_isolation())
+        if isolation is not None:
+            found["programs_are_kept_from_the_network_by"] = str(isolation)
         strategies = {name: own.as_json() for name, own in figures.items()}
         return {"surroundings": found, "ceiling": ceiling.as_json(), "strategies": strategies}
 
@@ -193,10 +196,10 @@ def score_text(answers: list[str], examples: list[Example]) -> dict[str, float]:
     return text_scores(answers, [example.response for example in examples])
 
 
-def score_code(answers: list[str], examples: list[Example]) -> dict[str, float]:
-    """pass@1 of answers to HumanEval's tasks, which are run."""
+def score_code(answers: list[str], examples: list[Example], isolation: Isolation | None = None) -> dict[str, float]:
+    """pass@1 of answers to HumanEval's tasks, which are run; by default in the best isolation that there is."""
     sources = [program(example.row, completion(text)) for example, text in zip(examples, answers, strict=True)]
-    outcomes = pass_at_1(sources)
+    outcomes = pass_at_1(sources, Sandbox(isolation=isolation))
     return {"pass_at_1": sum(outcome.passed for outcome in outcomes) / len(outcomes)}
 
 

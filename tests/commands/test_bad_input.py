@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from self_speculation.commands import benchmark, correctness, eval, generate, sweep, train
 
@@ -160,6 +161,7 @@ MISTAKES = [
     Mistake("generate", "--device cuda:99", "--device"),
     Mistake(DECODE, "--model_args revision", "--model_args"),
     Mistake("generate", "--model_args nonsense=3", "--model_args"),
+    Mistake("generate correctness eval", "--model BAD/overflowing --dtype float16", "in float16; a wider --dtype"),
     # Prompts
     Mistake("generate", "--prompt_file no_such_file.txt", "no_such_file.txt"),
     Mistake("generate", "--prompt_file BAD/empty_folder", "empty_folder"),
@@ -315,6 +317,10 @@ def bad(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     ):
         shutil.copytree(folder, path / name)
         (path / name / damaged).write_text(content)
+    shutil.copytree(folder, path / "overflowing")
+    tensors = load_file(folder / "model.safetensors")
+    large = {name: 1e3 * tensor if "mlp" in name else tensor for name, tensor in tensors.items()}
+    save_file(large, path / "overflowing" / "model.safetensors", {"format": "pt"})
     shutil.copytree(folder, path / "no_weights")
     (path / "no_weights" / "model.safetensors").unlink()
     return path
@@ -355,6 +361,18 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(
     assert before.items() <= after.items()
     # Training writes its tokenizer first, so that a run that is stopped leaves all that its checkpoints need.
     assert script == "train" or after == before
+
+
+@pytest.mark.parametrize("script", RUNS.split())
+def test_a_mistake_that_decoding_shows_keeps_the_earlier_run(
+    script: str, places: dict[str, Path], run_script: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By then a new run has begun, and the earlier one has a number."""
+    (places["TMP"] / f"{script}.json").write_text("earlier")
+    flags = "--data_path ROWS --output_dir TMP --max_steps 2 --model BAD/overflowing --dtype float16"
+    assert run_script(SCRIPTS[script].main, *placed(flags, places).split()) == 2
+    assert "in float16; a wider --dtype" in capsys.readouterr().err.splitlines()[-1]
+    assert (places["TMP"] / f"{script}.1.json").read_text() == "earlier"
 
 
 def placed(text: str, places: dict[str, Path]) -> str:

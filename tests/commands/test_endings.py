@@ -223,14 +223,18 @@ def test_a_process_that_is_stopped_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["generate", "correctness", "benchmark", "sweep", "eval", "train"])
-def test_ctrl_c_while_packages_are_imported_shows_no_traceback(
+def test_ctrl_c_while_packages_are_imported_ends_with_one_word(
     script: str, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     process = start(f"{script}.py")
-    time.sleep(0.5)
+    mapped = Path(f"/proc/{process.pid}/maps")
+    if mapped.exists():
+        wait_for(lambda: "libtorch" in mapped.read_text())
+    else:
+        time.sleep(2)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate()[1]
-    assert (process.returncode, errors.splitlines()[-1:]) == (130, ["interrupted."])
+    assert process.communicate()[1] == "interrupted.\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.slow

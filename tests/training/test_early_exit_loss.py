@@ -3,10 +3,12 @@
 import weakref
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from self_speculation.training.early_exit_loss import (
@@ -230,31 +232,78 @@ def test_with_the_last_layer_alone_the_loss_is_the_plain_models(
     assert model(**batch, num_items_in_batch=20).loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
+class LogitsWatch(TorchDispatchMode):
+    """Counts the products that give logits, and how many tensors as wide as the vocabulary live at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.alive: dict[int, weakref.ref[UntypedStorage]] = {}
+        self.most_alive = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        # Not the head's weights, transposed.
+        if isinstance(output, Tensor) and output.shape[-1:] == (VOCABULARY,) and len(output) <= 12:
+            self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            storage = output.untyped_storage()
+            self.alive[id(storage)] = weakref.ref(storage)
+            self.most_alive = max(self.most_alive, sum(found() is not None for found in self.alive.values()))
+        return output
+
+
 @pytest.mark.parametrize("target", ["labels", "last_layer"])
-def test_logits_of_one_exit_at_a_time(make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget) -> None:
+@pytest.mark.parametrize("head_is_trained", [False, True])
+def test_logits_of_one_exit_at_a_time(
+    make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget, head_is_trained: bool
+) -> None:
     model = make_model().train()
+    model.lm_head.weight.requires_grad_(head_is_trained)
     kept: list[torch.Size] = []
-    logits: list[weakref.ref[Tensor]] = []
-    most_alive = [0]
-
-    def watch(_module: object, _args: object, output: Tensor) -> None:
-        logits.append(weakref.ref(output))
-        most_alive[0] = max(most_alive[0], sum(reference() is not None for reference in logits))
-
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
         naive = naive_loss(model, batch, dict.fromkeys(ALL_SIX, 1.0), target)
         assert any(shape[-1:] == (VOCABULARY,) for shape in kept)  # The watch sees logits that are kept.
         del naive
         kept.clear()
-        model.lm_head.register_forward_hook(watch)
         attached(model, schedule(curriculum="none", weights="uniform"), target).chunk_tokens = 12
-        loss = model(**batch).loss
+        with LogitsWatch() as watch:
+            loss = model(**batch).loss
+            assert watch.products == 2 * 6  # 15 labelled positions are two chunks.
+            loss.backward()
     assert not any(shape[-1:] == (VOCABULARY,) for shape in kept)
-    in_forward = 2 * (6 if target == "labels" else 6 + 5)  # 24 positions are two chunks.
-    assert len(logits) == in_forward
-    loss.backward()
-    assert len(logits) == 2 * in_forward
-    assert most_alive[0] == (1 if target == "labels" else 2)  # The student's and the teacher's.
+    assert watch.products == 2 * 6
+    # An exit's logits and log q, or log q and the gradient; and the teacher's distribution.
+    assert watch.most_alive == (2 if target == "labels" else 3)
+    assert (model.lm_head.weight.grad is not None) == head_is_trained
+
+
+def test_rows_without_labels_train_nothing(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    # As on a process that got nothing but prompts: each parameter must still find its gradient.
+    model = make_model().train()
+    attached(model, schedule(), "last_layer")
+    labels_BT = torch.full_like(batch["labels"], -100)
+    loss = model(batch["input_ids"], labels=labels_BT, num_items_in_batch=7).loss
+    assert loss.item() == 0
+    found = gradients(model, loss)
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("target", ["labels", "last_layer"])
+def test_autocast_gives_the_loss_to_rounding(
+    make_model: MakeModel, batch: dict[str, Tensor], target: ExitTarget
+) -> None:
+    model = make_model(initializer_range=0.1).float().train()
+    attached(model, schedule(curriculum="none"), target)
+    exact = model(**batch).loss
+    exact_gradients = gradients(model, exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**batch).loss
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
+    for name, gradient in gradients(model, rounded).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact_gradients[name]).norm() < 0.05 * exact_gradients[name].norm()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
