@@ -32,7 +32,7 @@ from tqdm import tqdm
 from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import CellReport, compare
 from self_speculation.measuring.figures import Times, Totals
@@ -119,7 +119,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, len(model.model.layers))
+    advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)

@@ -128,9 +128,9 @@ class GenerationStrategy(ABC):
     """A way of choosing the next tokens: writes `steps`, and nothing else.
 
     It declares what it takes, so that no client needs to know which one it has. `uses` names the settings of
-    `GenerationConfig` that it cannot do without. `takes_batches` and `takes_batched_processors`: whether it answers
-    several prompts at once, and whether logits processors may look at them. `warms_up_whole`: whether only an answer
-    of full length, first, leaves nothing to be compiled later.
+    `GenerationConfig` that a checkpoint may recommend to it. `takes_batches` and `takes_batched_processors`: whether it
+    answers several prompts at once, and whether logits processors may look at them. `warms_up_whole`: whether only an
+    answer of full length, first, leaves nothing to be compiled later.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()

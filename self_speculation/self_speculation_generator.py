@@ -20,7 +20,7 @@ from self_speculation.stepwise_strategy import StepwiseStrategy
 class SelfSpeculativeStrategy(StepwiseStrategy):
     """Drafts with the layers below `config.exit_layer`, verifies with the rest; the output is the full model's."""
 
-    uses = ("exit_layer", "num_speculations")
+    uses = ("exit_layer", "num_speculations", "draft_vocab")
 
     def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = BACKEND) -> None:
         super().__init__(model, backend)

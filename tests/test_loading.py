@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
+from self_speculation.loading import ModelArguments, Recommendation, Use, advice_for, load, read_recommendation
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
 from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
@@ -126,6 +127,69 @@ def test_a_bad_recommendation_names_its_file(content: bytes, named: str, tmp_pat
         read_recommendation(str(tmp_path), 6)
     assert str(error.value).startswith(str(path))
     assert "--" not in str(error.value).removeprefix(str(path))
+
+
+CASES = {
+    "exit_layer": 2,
+    "num_speculations": 4,
+    "cases": [
+        {"dtype": "bfloat16", "exit_layer": 3, "num_speculations": 5},
+        {"task": "top_v2", "exit_layer": 4, "num_speculations": 6, "draft_vocab": 9},
+        {"task": "top_v2", "dtype": "bfloat16", "device": "cuda", "exit_layer": 5, "num_speculations": 7},
+        {"task": "top_v2", "exit_layer": 1, "num_speculations": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        (Use(), (2, 4, None)),
+        (Use("float32", "cuda", "gsm8k"), (2, 4, None)),
+        (Use("bfloat16", "cpu", "gsm8k"), (3, 5, None)),
+        (Use("float32", "cpu", "top_v2"), (4, 6, 9)),
+        (Use("bfloat16", "cpu", "top_v2"), (3, 5, None)),
+        (Use("bfloat16", "cuda", "top_v2"), (5, 7, None)),
+    ],
+)
+def test_the_case_with_most_conditions_is_taken(
+    use: Use, expected: tuple[int, int, int | None], tmp_path: Path
+) -> None:
+    """Of equals the first; where none applies, what stands outside of them."""
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES))
+    advice = read_recommendation(str(tmp_path), 6, use, vocab_size=300)
+    assert (advice.exit_layer, advice.num_speculations, advice.draft_vocab) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"draft_vocab": 301}, "layerskip.json: draft_vocab must be a whole number from 1 to 300, not 301"),
+        ({"draft_vocab": "all"}, "layerskip.json: draft_vocab must be a whole number"),
+        ({"cases": {}}, "layerskip.json: cases must be a list"),
+        ({"cases": [3]}, "layerskip.json: case 1: not an object"),
+        ({"cases": [{"task": "x", "exit_layer": 1}]}, "case 1: not an object with exit_layer and num_speculations"),
+        ({"cases": [{"exit_layer": 1, "num_speculations": 1}]}, "case 1: it needs one of dtype, device, task"),
+        ({"cases": [{"exit_layer": 1, "num_speculations": 1, "tasks": "x"}]}, "case 1: 'tasks' is none of"),
+        ({"cases": [{"exit_layer": 1, "num_speculations": 1, "task": ["x"]}]}, "case 1: task must be a string"),
+        ({"cases": [CASES["cases"][0], {"exit_layer": 7, "num_speculations": 1, "task": "x"}]}, "case 2: exit_layer"),
+    ],
+)
+def test_a_bad_case_names_its_file_and_number(changes: dict[str, object], named: str, tmp_path: Path) -> None:
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES | changes))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        read_recommendation(str(tmp_path), 6, vocab_size=300)
+
+
+def test_a_recommendation_depends_on_how_the_model_was_loaded(folder: Path) -> None:
+    """And self-speculative decoding drafts from the vocabulary that it names."""
+    case = {"dtype": "bfloat16", "device": "cpu", "exit_layer": 3, "num_speculations": 5, "draft_vocab": 20}
+    (folder / "layerskip.json").write_text(json.dumps(CASES | {"cases": [case]}))
+    for dtype, expected in (("bfloat16", (3, 5, 20)), ("float32", (2, 4, None))):
+        model, _ = load(ModelArguments(model=str(folder), dtype=dtype, device="cpu"))
+        filled = fill_in(GenerationConfig(generation_strategy="self_speculative"), advice_for(model))
+        assert (filled.exit_layer, filled.num_speculations, filled.draft_vocab) == expected
+        assert fill_in(GenerationConfig(), advice_for(model)).draft_vocab is None
 
 
 def test_a_recommendation_is_read_from_a_file_only(tmp_path: Path) -> None:

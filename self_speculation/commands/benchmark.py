@@ -22,7 +22,7 @@ from rich.console import Console
 from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
 from self_speculation.measuring.code_execution import best_isolation
@@ -146,7 +146,7 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_each_strategy(), advice)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples, num_shortened = fit(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)

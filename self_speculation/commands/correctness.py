@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
@@ -80,7 +80,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    advice = advice_for(model, dataset.dataset)
     cells = [
         CellReport(check_exit_layer(exit_layer, model), num_speculations)
         for exit_layer in config.exit_layers or [advice.exit_layer]

@@ -45,7 +45,7 @@ from self_speculation.harness.model_args import read_model_args, take
 from self_speculation.harness.processes import num_processes, process_device
 from self_speculation.harness.scored_requests import Request, batches, share_texts
 from self_speculation.harness.speed_figures import SpeedFigures
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.log_levels import logging_at
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.rendezvous import all_present
@@ -103,7 +103,7 @@ class LayerSkipLM(HFLM):
         """
         device = process_device(model_arguments.device)
         model, tokenizer = load(replace(model_arguments, device=device), **loading)
-        advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+        advice = advice_for(model)
         return cls(model, tokenizer, fill_in(config, advice, RIVALS), **options)
 
     @classmethod
