@@ -1,4 +1,4 @@
-"""Loading, recommendations, the tie rule, and what the speed benchmark counts."""
+"""Loading, recommendations, and strategies by their names."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, Recommendation, Use, advice_for, load, read_recommendation
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
 from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.settings import by_flag
@@ -226,38 +225,3 @@ def test_names_become_strategies(model: LlamaForCausalLM) -> None:
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
         assert type(make_strategy(model, config, RIVALS)) is kind
-
-
-@pytest.mark.parametrize(
-    ("expected", "actual", "position"),
-    [([], [], None), ([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)],
-)
-def test_first_difference(expected: list[int], actual: list[int], position: int | None) -> None:
-    assert first_difference(expected, actual) == position
-
-
-def test_ties_and_failures() -> None:
-    tie, failure = Difference(0, 3, 5, 6, 1e-7, 1e-6), Difference(0, 3, 5, 6, 1e-5, 1e-6)
-    end = Difference(0, 3, 5, None, None, None)
-    assert [difference.is_tie for difference in (tie, failure, end)] == [True, False, False]
-    assert CellReport(1, 1, num_samples=100, differences=[tie]).is_correct
-    assert not CellReport(1, 1, num_samples=99, differences=[tie]).is_correct
-    assert not CellReport(1, 1, num_samples=1000, differences=[failure]).is_correct
-    assert not CellReport(1, 1, num_samples=1000, differences=[end]).is_correct
-
-
-def test_the_margin_is_that_of_the_two_logits_in_float32(make_model: Callable[..., LlamaForCausalLM]) -> None:
-    model = make_model().to(torch.bfloat16)
-    margin, tolerance = logit_margin(model, [0, 5, 9], [3, 4])
-    logits = model.float()(torch.tensor([[0, 5, 9]])).logits[0, -1]
-    assert margin == pytest.approx((logits[3] - logits[4]).abs().item())
-    assert tolerance == pytest.approx(4 * 2**-7 * logits.abs().max().item())
-    assert logit_margin(model, [0, 5, 9], [3, None]) == (None, None)
-
-
-def test_answers_are_compared_at_their_first_difference(model: LlamaForCausalLM) -> None:
-    """By the logits after the prompt and what is common to both."""
-    margin, tolerance = logit_margin(model, [0, 5, 9, 7], [3, 4])
-    assert compare(model, 6, [0, 5, 9], [7, 3, 2], [7, 4]) == Difference(6, 1, 3, 4, margin, tolerance)
-    assert compare(model, 6, [0, 5, 9], [7, 3], [7]) == Difference(6, 1, 3, None, None, None)
-    assert compare(model, 6, [0, 5, 9], [7, 3], [7, 3]) is None

@@ -56,6 +56,11 @@ class BenchmarkArguments(Settings):
         at_least=1,
     )
     score_text: bool = setting(True, help="ROUGE, BLEU, exact match and edit distance to the data's responses.")
+    judge: bool = setting(
+        True,
+        help="Judge every token of greedy answers, as correctness.py does. A model in 16 bits is copied in float32 for "
+        "it, once all is measured.",
+    )
     execute_code: bool = setting(
         False,
         help="Run the answers to human_eval against its tests (pass@1). Off because it runs code that a model "
@@ -161,7 +166,8 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
         note(ceiling.sentence)
     benchmark.run(arguments.repeats, arguments.verbose)
     if is_main:
-        figures = benchmark.results(ceiling, arguments.scorers())
+        judge = benchmark.judge() if arguments.judge else None
+        figures = benchmark.results(ceiling, arguments.scorers(), judge)
         prompts = {"samples": len(examples), "shortened": num_shortened, "most_tokens": limit.most}
         log.write(benchmark.document(ceiling, figures, isolation) | {"arguments": settings, "prompts": prompts})
         print_figures(figures, Console(highlight=False))
