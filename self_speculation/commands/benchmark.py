@@ -25,6 +25,7 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
+from self_speculation.measuring.contestants import MOST_REPEATS
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.passes import TimePasses, measure_passes
@@ -45,7 +46,9 @@ KINDS = {**STRATEGIES, **RIVALS}
 class BenchmarkArguments(Settings):
     """What to measure besides speed, and how often."""
 
-    repeats: int = setting(1, help="Rounds over all prompts; times are medians over the rounds.", at_least=1)
+    repeats: int = setting(
+        1, help="Rounds over all prompts; times are medians over the rounds.", at_least=1, at_most=MOST_REPEATS
+    )
     batch_size: int = setting(
         1,
         help="Prompts answered together. Throughput is a batch's tokens over its seconds; latency is what a row "
