@@ -26,6 +26,7 @@ from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
 from self_speculation.measuring.code_execution import best_isolation
+from self_speculation.measuring.contestants import MOST_REPEATS
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.line_up import line_up
@@ -48,7 +49,9 @@ KINDS = {**STRATEGIES, **RIVALS}
 class BenchmarkArguments(Settings):
     """What to measure besides speed, and how often."""
 
-    repeats: int = setting(1, help="Rounds over all prompts; times are medians over the rounds.", at_least=1)
+    repeats: int = setting(
+        1, help="Rounds over all prompts; times are medians over the rounds.", at_least=1, at_most=MOST_REPEATS
+    )
     batch_size: int = setting(
         1,
         help="Prompts answered together. Throughput is a batch's tokens over its seconds; latency is what a row "

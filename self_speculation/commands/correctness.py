@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport, EquivalenceCheck
@@ -63,9 +64,12 @@ def numbers(flag: str, text: str | None, least: int) -> list[int]:
     for item in text.split(",") if text else []:
         first, colon, last = item.partition(":")
         try:
-            values += range(int(first), int(last) + 1) if colon else [int(first)]
+            ends = [int(first), int(last) if colon else int(first)]
         except ValueError as error:
             raise ValueError(f"--{flag} must look like 4, 1,2,4 or 1:11, not {text!r}.") from error
+        if max(ends) > MOST_SPECULATIONS:
+            raise ValueError(f"--{flag} must be at most {MOST_SPECULATIONS}, not {max(ends)}.")
+        values += range(ends[0], ends[1] + 1)
     if text is not None and (not values or min(values) < least):
         raise ValueError(f"--{flag} must name numbers of at least {least}, not {text!r}.")
     return values

@@ -104,8 +104,14 @@ def _sentence(error: Exception, go_on: str, lower: str) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(said in text for said in NO_MEMORY)):
         return f"there is not enough memory: a lower {lower}, or a smaller --model, needs less."
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}." if error.filename else text
+        return f"{_as_name(error.filename)}: {error.strerror}." if error.filename else text
     return text if isinstance(error, ValueError) else None
+
+
+def _as_name(file: object) -> str:
+    """A file's name, in quotation marks where it would not be seen as one."""
+    name = str(file)
+    return name if name.isprintable() and name == name.strip() else repr(name)
 
 
 def _is_first() -> bool:

@@ -71,6 +71,10 @@ class LayerSkipLM(HFLM):
         with logging_at(logging.ERROR, HFLM.__module__):
             super().__init__(pretrained, tokenizer=tokenizer, **options)
         self.pretrained = pretrained.name_or_path
+        if self.prefix_token_id is None:
+            raise ValueError(
+                f"--model {self.pretrained}: its tokenizer has neither a first nor a last token, and scores need one."
+            )
         if config.exit_layer is not None:
             check_exit_layer(config.exit_layer, pretrained)
         strategy = make_strategy(pretrained, config, RIVALS)

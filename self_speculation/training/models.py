@@ -95,6 +95,9 @@ def _read_config(source: str, own: dict[str, Any]) -> LlamaConfig:
         values, _ = LlamaConfig.get_config_dict(source)
         if values.get("model_type", FAMILY) != FAMILY:
             raise ValueError(f"a {values['model_type']} model")
+        # transformers takes an empty folder for an empty configuration, whose sizes would be those of Llama 7B.
+        if "hidden_size" not in values:
+            raise ValueError("no sizes")
         return LlamaConfig(**values | own)
     # What reads a configuration raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
