@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from self_speculation.training.exit_adapter_loss import adapter_of
 from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
 from self_speculation.training.whole_files import whole_files
 
@@ -128,9 +129,15 @@ class WholeCheckpointTrainer(Trainer):
         return cast(LlamaForCausalLM, self.model)
 
     def save_trained(self) -> None:
-        """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes."""
-        model = self.whole_model()
-        if model is not None:
+        """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes.
+
+        Where an exit adapter was trained, it alone is written, with the name of its model.
+        """
+        model, adapter = self.whole_model(), adapter_of(self.llama)
+        if model is not None and adapter is not None:
+            with whole_files(output_dir_of(self.args)) as folder:
+                adapter.save(folder, model.name_or_path or "")
+        elif model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
             with whole_files(output_dir_of(self.args)) as folder:
