@@ -1,6 +1,7 @@
-"""What `--model` may name besides an ordinary checkpoint: a GGUF file, or a PEFT adapter, merged into its base.
+"""What `--model` may name besides an ordinary checkpoint: a GGUF file, a PEFT adapter, or an exit adapter.
 
-Both become ordinary models, which can be trained and saved like any other.
+The first two become ordinary models, which can be trained and saved like any other: a PEFT adapter is merged into its
+base. An exit adapter stands beside a model that stays as it is.
 """
 
 import importlib.util
@@ -13,7 +14,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -23,6 +30,7 @@ from self_speculation.adapter_config import (
     is_adapter,
     read_adapter_config,
 )
+from self_speculation.exit_adapter import EXIT_ADAPTER_FILE, base_of, has_exit_adapter, read_exit_adapter
 from self_speculation.pretrained import Pretrained, is_finite
 
 GGUF_SUFFIX = ".gguf"
@@ -45,6 +53,13 @@ def checkpoint(name: str, options: dict[str, Any]) -> Pretrained:
     """
     if is_adapter(name):
         return AdapterCheckpoint.of(Path(name), options)
+    if has_exit_adapter(name):
+        return ExitAdapterCheckpoint.of(Path(name), options)
+    return _model_alone(name, options)
+
+
+def _model_alone(name: str, options: dict[str, Any]) -> Pretrained:
+    """An ordinary checkpoint or a GGUF file."""
     file = options.get("gguf_file") or _gguf_file(Path(name))
     if file is None:
         return Pretrained(name, options)
@@ -180,6 +195,46 @@ class AdapterCheckpoint(Pretrained):
                 self._refuse(name, f"has the shape {shape}, not {wanted} as its base asks for")
             if not is_finite(found[name]):
                 self._refuse(name, "has values that are NaN or infinite")
+
+
+@dataclass(frozen=True)
+class ExitAdapterCheckpoint(Pretrained):
+    """A folder with an exit adapter, and the model that it is for, elsewhere or in the same folder."""
+
+    base: Pretrained = field(kw_only=True)
+
+    @classmethod
+    def of(cls, folder: Path, options: dict[str, Any]) -> "ExitAdapterCheckpoint":
+        """The adapter in a folder; says on standard error which model it is that it names."""
+        name = base_of(folder)
+        if name is None:
+            return cls(str(folder), options, base=_model_alone(str(folder), options))
+        beside = folder / name
+        name = str(beside) if beside.exists() else name
+        if has_exit_adapter(name):
+            raise ValueError(f"{folder / EXIT_ADAPTER_FILE}: the base {name} has an exit adapter itself.")
+        print(f"--model {folder} is an exit adapter for {name}.", file=sys.stderr)
+        return cls(str(folder), options, base=checkpoint(name, options))
+
+    def config(self) -> PreTrainedConfig:
+        """The base's configuration."""
+        return self.base.config()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return self.base.tokenizer()
+
+    def model(self) -> PreTrainedModel:
+        """The base, with the adapter beside its layers.
+
+        Raises:
+            ValueError: a tensor of the adapter is missing, unknown, misshapen or not finite; or the base is damaged.
+        """
+        base = replace(self.base, options=self.options | self.base.options).model()
+        if isinstance(base, LlamaForCausalLM):  # Others are refused later on.
+            read_exit_adapter(base, Path(self.name))
+        base.config.name_or_path = base.name_or_path = self.name
+        return base
 
 
 def _gguf_file(path: Path) -> str | None:

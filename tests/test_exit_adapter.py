@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, exit_adapter, read_exit_adapter
+from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, exit_adapter, has_exit_adapter, read_exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
+from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.prediction import acceptance_chances
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.stepwise_strategy import StepwiseStrategy
@@ -128,7 +130,7 @@ def test_predicted_acceptance(make_model: MakeModel, tokenizer: PreTrainedTokeni
 def saved(make_model: MakeModel, tmp_path: Path) -> Path:
     adapter = exit_adapter(adapted(make_model()), EXIT_LAYER)
     assert adapter is not None
-    adapter.save(tmp_path)
+    adapter.save(tmp_path, "the/base")
     return tmp_path
 
 
@@ -140,16 +142,15 @@ def test_it_is_read_as_it_was_saved(saved: Path, make_model: MakeModel) -> None:
     assert read is not None
     assert expected is not None
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(read.state_dict()[name], tensor.float())
+        assert torch.equal(read.state_dict()[name], tensor.bfloat16().float())
     assert not any(weight.requires_grad for weight in read.parameters())
     assert exit_adapter(model, EXIT_LAYER + 1) is None
     assert exit_adapter(copy.deepcopy(model), EXIT_LAYER) is not read
 
 
-def test_a_folder_without_one(make_model: MakeModel, tmp_path: Path) -> None:
-    model = make_model()
-    read_exit_adapter(model, tmp_path)
-    assert exit_adapter(model, EXIT_LAYER) is None
+def test_other_folders_have_none(saved: Path, folder: Path) -> None:
+    assert has_exit_adapter(saved)
+    assert not has_exit_adapter(folder)
 
 
 @pytest.mark.parametrize(
@@ -184,4 +185,22 @@ def test_damaged_weights_are_named(damage: str, saved: Path, make_model: MakeMod
 
 
 def test_the_description_names_the_exit(saved: Path) -> None:
-    assert json.loads((saved / "exit_adapter.json").read_text()) == {"exit_layer": EXIT_LAYER}
+    described = {"base_model_name_or_path": "the/base", "exit_layer": EXIT_LAYER}
+    assert json.loads((saved / "exit_adapter.json").read_text()) == described
+
+
+def test_beside_the_weights_of_its_model(saved: Path, folder: Path, tmp_path: Path) -> None:
+    """Without a name, the model is that of the same folder."""
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    shutil.copy(saved / "exit_adapter.safetensors", whole)
+    (whole / "exit_adapter.json").write_text(json.dumps({"exit_layer": EXIT_LAYER}))
+    model, _ = load(ModelArguments(model=str(whole)))
+    assert exit_adapter(model, EXIT_LAYER) is not None
+
+
+@pytest.mark.parametrize(("base", "named"), [("", "must name a model"), (3, "must name a model"), (".", "itself")])
+def test_a_base_that_is_none(base: object, named: str, saved: Path) -> None:
+    (saved / "exit_adapter.json").write_text(json.dumps({"exit_layer": EXIT_LAYER, "base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match=rf"exit_adapter\.json.*{named}"):
+        load(ModelArguments(model=str(saved)))

@@ -25,6 +25,7 @@ from self_speculation.prompts.sources import read_source
 from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.exit_adapter_loss import prepare_exit_adapter
 from self_speculation.training.models import TrainedModelArguments, model_to_train
 from self_speculation.training.packing import Packing
 from self_speculation.training.responses import collate
@@ -141,13 +142,15 @@ def main() -> None:
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
+    folder, trains = Path(training.output_dir), not only_evaluates(training)
+    if trains:
+        prepare_exit_adapter(model, layerskip.train_exit_adapter, model_arguments.model)
     contents = contents_of(all_texts(source), tokenizer, model, training.world_size)
     packing = Packing(run.separate_texts, Path(run.token_cache))
     with training.main_process_first(desc="tokenising"):
         sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
         datasets = training_sets(source, tokenizer, sizes)
     trainer = make_trainer(model, datasets, layerskip, training)
-    folder, trains = Path(training.output_dir), not only_evaluates(training)
     if trains:
         settings = by_flag(run, text_arguments, model_arguments, layerskip)
         start(trainer, tokenizer, checkpoint, record_of(settings, training, contents), run.resume_changed)

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from self_speculation.pretrained import is_finite
+from self_speculation.training.exit_adapter_loss import adapter_of
 from self_speculation.training.lora import adapter_tensors, merged, save_adapter
 from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
 from self_speculation.training.whole_files import whole_files
@@ -161,7 +162,8 @@ class WholeCheckpointTrainer(Trainer):
     def save_trained(self) -> None:
         """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes.
 
-        With LoRA it is the merged one, and the adapter is written beside it.
+        With LoRA it is the merged one, and the adapter is written beside it. Where an exit adapter was trained, that
+        alone is written, with the name of its model.
 
         Raises:
             ValueError: a weight is not finite.
@@ -169,8 +171,11 @@ class WholeCheckpointTrainer(Trainer):
         self.check_finite()
         if self.adapted is not None and self.is_world_process_zero():
             save_adapter(self.adapted, output_dir_of(self.args))
-        model = self.whole_model()
-        if model is not None:
+        model, exit_adapter = self.whole_model(), adapter_of(self.llama)
+        if model is not None and exit_adapter is not None:
+            with whole_files(output_dir_of(self.args)) as folder:
+                exit_adapter.save(folder, model.name_or_path or "")
+        elif model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
             with whole_files(output_dir_of(self.args)) as folder:

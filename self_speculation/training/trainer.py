@@ -10,6 +10,7 @@ from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
 from self_speculation.training.early_exit_loss import EarlyExitLoss
+from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, adapter_of
 from self_speculation.training.exit_measures import exit_metrics, scoring
 from self_speculation.training.labels import num_labels
 from self_speculation.training.layer_dropout import LayerDropout
@@ -56,9 +57,16 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         check_optimiser(self.args, self.llama, num_steps)
         layers = self.llama.model.layers
         rates = layerskip.dropout_rates(len(layers), num_steps)
-        schedule = layerskip.exit_schedule(len(layers), num_steps)
         self.dropout = LayerDropout(layers, rates, self.args.seed, layerskip.layer_dropout_rescale)
-        self.early_exit_loss = EarlyExitLoss(self.llama, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
+        self.early_exit_loss = self._exit_loss(num_steps)
+
+    def _exit_loss(self, num_steps: int) -> EarlyExitLoss | ExitAdapterLoss:
+        """J of section 4.1.2, or the loss of an exit adapter, which alone is trained."""
+        own, adapter = self.layerskip, adapter_of(self.llama)
+        if adapter is not None:
+            return ExitAdapterLoss(self.llama, adapter, own.loss_chunk_tokens)
+        schedule = own.exit_schedule(self.llama.config.num_hidden_layers, num_steps)
+        return EarlyExitLoss(self.llama, schedule, own.exit_target, own.loss_chunk_tokens)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the model has its own `forward` again."""
