@@ -22,6 +22,7 @@ from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import process_logits
+from self_speculation.decoding.step import StepPlan
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, HuggingfaceLlamaGenerator
 from self_speculation.measuring.judge import Difference, Judge, Judgement
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
@@ -198,7 +199,7 @@ def read_again(
     whole = [prompt + answer for prompt, answer in zip(request.prompts, answers, strict=True)]
     rows.begin(whole, limits=[len(tokens) for tokens in whole], seed=request.config.seed)
     rows.lengths_B.copy_(lengths)
-    prefill(model, rows, num_layers, request.config.prefill_chunk)
+    prefill(model, rows, StepPlan(num_layers, 0, num_layers), request.config.prefill_chunk)
     chosen: list[list[int]] = [[] for _ in answers]
     for first in range(0, most_new, width):
         cache.see(int(lengths.max()) + first + width - 1)
