@@ -153,7 +153,10 @@ def set_aside(folder: Path, name: str) -> None:
 
 def _json_object(content: bytes) -> dict[str, Any]:
     """A JSON object; raises ValueError if it is anything else."""
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("Nested too deeply.") from error
     if not isinstance(value, dict):
         raise ValueError("Not a JSON object.")
     return value
@@ -163,6 +166,6 @@ def _is_torn(line: bytes) -> bool:
     """Whether a line begins as ours do, and does not end so."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.startswith(b"{")
     return False
