@@ -129,15 +129,13 @@ class RunLog:
         """
         content = self.log.read_bytes()
         *lines, end = content.split(b"\n")
-        whole = []
-        for number, line in enumerate(lines, start=1):
-            if not _is_torn(line):
-                self._parsed(number, line, lambda values: values)
-                whole.append(line)
+        whole = [(number, line) for number, line in enumerate(lines, start=1) if not _is_torn(line)]
         if end or len(whole) < len(lines):
+            for number, line in whole:
+                self._parsed(number, line, lambda values: values)
             unfinished = self.log.with_suffix(".jsonl.incomplete")
             with naming(self.log):
-                unfinished.write_bytes(b"".join(line + b"\n" for line in whole))
+                unfinished.write_bytes(b"".join(line + b"\n" for _, line in whole))
                 unfinished.replace(self.log)
 
 
