@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainingArguments
 
+from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
@@ -19,6 +20,9 @@ from self_speculation.training.muon import MuonWithAdamW
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# Flags that need the weights of a model in one place.
+WHOLE_ONLY = ("lora_rank", "anchor_weight")
+
 
 def prepared(
     model: LlamaForCausalLM, training: TrainingArguments, layerskip: LayerSkipArguments
@@ -26,12 +30,14 @@ def prepared(
     """The model as it is trained: with adapters, if a rank is given.
 
     Raises:
-        ValueError: LoRA cannot be had, or not with this.
+        ValueError: LoRA or an anchor cannot be had, or not where weights are spread over processes.
     """
+    if training.fsdp or training.deepspeed:
+        wrong = next((flag for flag in WHOLE_ONLY if getattr(layerskip, flag)), None)
+        if wrong:
+            raise ValueError(f"--{wrong} does not go with --fsdp or --deepspeed.")
     if not layerskip.lora_rank:
         return model
-    if training.fsdp or training.deepspeed:
-        raise ValueError("--lora_rank does not go with --fsdp or --deepspeed.")
     if training.gradient_checkpointing:
         # Frozen embeddings would give layers an input without gradients, which reentrant checkpointing passes over.
         model.enable_input_require_grads()
@@ -59,6 +65,8 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         schedule = layerskip.exit_schedule(len(layers), num_steps)
         self.dropout = LayerDropout(layers, rates, self.args.seed, layerskip.layer_dropout_rescale)
         self.early_exit_loss = EarlyExitLoss(self.llama, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
+        if layerskip.anchor_weight:
+            self.early_exit_loss.anchor = anchored(layerskip.anchor_weight, self.llama, self.adapted)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the model has its own `forward` again."""
