@@ -1,9 +1,8 @@
 """Score a model with lm-evaluation-harness; see `self_speculation/commands/eval.py`."""
 
-from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.ending import importing
 
-# Packages take seconds to import, and Ctrl-C may come meanwhile.
-with one_sentence_errors():
+with importing():
     from self_speculation.commands.eval import main
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Generate text by any decoding strategy; see `self_speculation/commands/generate.py`."""
 
-from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.ending import importing
 
-# Packages take seconds to import, and Ctrl-C may come meanwhile.
-with one_sentence_errors():
+with importing():
     from self_speculation.commands.generate import main
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ Every batch size answers the same prompts, greedily, by autoregressive and by se
 one process. Throughput is a batch's new tokens over its seconds. Latency is what a row waits: the seconds that its
 batch takes after the first tokens, over the row's own tokens after them; a row that ends early waits for the others.
 
-Writes OUTPUT_DIR/batch_sizes.csv, .png and .json. Every text is compared with the one that its prompt gets alone; the
-exit code is 1 if one differs by more than a tie, or more than 1 % differ by ties.
+Writes OUTPUT_DIR/batch_sizes.csv, .png and .json. Every text is compared with the one that its prompt gets alone, and
+judged token by token, as by correctness.py; the exit code is 1 if a token is wrong, in float32 also if more than 1 % of
+the texts differ by ties, and in float64 if one does.
 """
 
 import csv
@@ -32,10 +33,11 @@ from tqdm import tqdm
 from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.contestants import Contestant, interleaved
-from self_speculation.measuring.equivalence import CellReport, compare
+from self_speculation.measuring.equivalence import MOST_TIES, CellReport
 from self_speculation.measuring.figures import Times, Totals
+from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.measurements import Round, ratio
 from self_speculation.measuring.run_log import RunLog
@@ -66,6 +68,8 @@ COLUMNS = (
     "samples",
     "ties",
     "failures",
+    "tokens_within_rounding",
+    "wrong",
 )
 Batched = dict[tuple[str, int], list[Round]]
 
@@ -93,7 +97,7 @@ class BatchSizesConfig(GenerationConfig):
     """Greedy decoding, by both strategies."""
 
     max_new_tokens: int = setting(64, help="Most new tokens.", at_least=2, flag="max_steps")
-    sample: bool = setting(False, help="Must be False: ties are judged by the greatest logits.")
+    sample: bool = setting(False, help="Must be False: answers are judged by the greatest logits.")
     generation_strategy: str = setting(
         "self_speculative", help="Accepted, and always autoregressive and self_speculative."
     )
@@ -101,7 +105,7 @@ class BatchSizesConfig(GenerationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample:
-            raise ValueError("--sample must be False: whether sampled texts differ by a tie cannot be judged.")
+            raise ValueError("--sample must be False: sampled texts cannot be judged token by token.")
 
     def of_both_strategies(self) -> dict[str, GenerationConfig]:
         """Their configs; the exit layer and the draft length are for drafting."""
@@ -119,7 +123,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, len(model.model.layers))
+    advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
@@ -129,7 +133,8 @@ def main(kind: type[Contestant] = Contestant) -> None:
     log.begin(settings, resume=False)
     rounds = measure(contestants, prompts, arguments, log)
     surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
-    texts = {key: compared(contestants[key[0]], prompts, rounds, key) for key in rounds}
+    judge = Judge(model, contestants["autoregressive"].generator.request([], config.generation()))
+    texts = {key: compared(judge, contestants[key[0]], prompts, rounds, key) for key in rounds}
     rows = [figures(rounds, key, texts[key]) for key in rounds]
     log.write({"arguments": settings, "surroundings": surrounding, "cells": rows})
     save_csv(rows, log.folder / "batch_sizes.csv")
@@ -173,13 +178,16 @@ def measure(
     return rounds
 
 
-def compared(contestant: Contestant, prompts: list[list[int]], rounds: Batched, key: tuple[str, int]) -> CellReport:
-    """Every answer of every round against the strategy's answer to the prompt alone."""
-    alone, model, config = rounds[key[0], 1][0].measurements, contestant.generator.model, contestant.config
-    report = CellReport(config.exit_layer or len(model.model.layers), config.num_speculations or 0)
+def compared(
+    judge: Judge, contestant: Contestant, prompts: list[list[int]], rounds: Batched, key: tuple[str, int]
+) -> CellReport:
+    """Every answer of every round, judged, and compared with the strategy's answer to the prompt alone."""
+    alone, config = rounds[key[0], 1][0].measurements, contestant.config
+    exit_layer, most_ties = config.exit_layer or len(judge.model.model.layers), MOST_TIES.get(judge.model.dtype, 1.0)
+    report = CellReport(exit_layer, config.num_speculations or 0, most_ties)
     for one in rounds[key]:
         for sample, (prompt, expected, actual) in enumerate(zip(prompts, alone, one.measurements, strict=True)):
-            report.add(compare(model, sample, prompt, expected.tokens, actual.tokens))
+            report.add(sample, judge.judge(prompt, actual.tokens), actual.tokens == expected.tokens)
     return report
 
 
@@ -196,6 +204,7 @@ def figures(rounds: Batched, key: tuple[str, int], texts: CellReport) -> dict[st
         values[f"{name}_least"], values[f"{name}_greatest"] = values[f"{name}_spread"]
     values |= {"strategy": key[0], "batch_size": key[1], "over_batch_1": statistics.median(gains(rounds, key))}
     values |= {"samples": texts.num_samples, "ties": texts.num_ties, "failures": texts.num_failures}
+    values |= {"tokens_within_rounding": len(texts.ties), "wrong": texts.num_wrong}
     return {name: values[name] for name in COLUMNS}
 
 

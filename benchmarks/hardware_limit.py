@@ -187,7 +187,6 @@ class ShapeStudy:
             sample=False,
             seed=goal.seed,
             compile=self.arguments.compile if strategy in OWN else "none",
-            draft_vocab=goal.draft_vocab if strategy == "self_speculative" else None,
             **own,
         )
 

@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from self_speculation import __version__
-from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.commands.ending import importing
 
 VERBS = {
     "generate": "answer a prompt, or talk at the terminal",
@@ -43,8 +43,7 @@ def main() -> None:
 
 def _run(verb: str) -> None:
     try:
-        # Packages take seconds to import, and Ctrl-C may come meanwhile.
-        with one_sentence_errors():
+        with importing():
             command = import_module(f"self_speculation.commands.{verb}")
         command.main()
     except ModuleNotFoundError as error:

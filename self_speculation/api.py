@@ -77,8 +77,7 @@ def generate(
         ValueError: a setting is out of its limits, or a prompt is empty or too long for the model.
     """
     config = GenerationConfig(**{"generation_strategy": "self_speculative", **settings})
-    advice = loading.read_recommendation(model.name_or_path or "", model.config.num_hidden_layers)
-    config = fill_in(config, advice)
+    config = fill_in(config, loading.advice_for(model))
     generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
     if isinstance(prompts, str):
         return generator.generate([prompts], config, streamer)[0]

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from self_speculation.decoding.config import GenerationConfig
 from self_speculation.decoding.early_exit import check_exit_layer
+from self_speculation.decoding.generation_defaults import check_defaults, default_processors
 from self_speculation.decoding.request import GenerationRequest, GenerationStep, RowStep
 from self_speculation.decoding.stopping import StopReason, StopRule
 
@@ -127,9 +128,9 @@ class GenerationStrategy(ABC):
     """A way of choosing the next tokens: writes `steps`, and nothing else.
 
     It declares what it takes, so that no client needs to know which one it has. `uses` names the settings of
-    `GenerationConfig` that it cannot do without. `takes_batches` and `takes_batched_processors`: whether it answers
-    several prompts at once, and whether logits processors may look at them. `warms_up_whole`: whether only an answer
-    of full length, first, leaves nothing to be compiled later.
+    `GenerationConfig` that a checkpoint may recommend to it. `takes_batches` and `takes_batched_processors`: whether it
+    answers several prompts at once, and whether logits processors may look at them. `warms_up_whole`: whether only an
+    answer of full length, first, leaves nothing to be compiled later.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()
@@ -234,9 +235,16 @@ class HuggingfaceLlamaGenerator:
         config: GenerationConfig,
         logits_processors: LogitsProcessorList | None = None,
     ) -> GenerationRequest:
-        """What the strategy is asked for a batch of prompts."""
+        """What the strategy is asked for a batch of prompts; the checkpoint's own logits processors come first.
+
+        Raises:
+            ValueError: a prompt cannot be answered, or the checkpoint's defaults cannot be honoured.
+        """
+        defaults = self.model.generation_config
+        check_defaults(defaults, config.sample)
         rows = [self.encode(prompt) for prompt in prompts]
-        return GenerationRequest(rows, config, self.stop_rule(config), logits_processors or LogitsProcessorList())
+        processors = LogitsProcessorList([*default_processors(defaults), *(logits_processors or ())])
+        return GenerationRequest(rows, config, self.stop_rule(config), processors)
 
     def generate(
         self,

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from self_speculation.adapter_config import file_beside
+from self_speculation.checkpoint_kinds import checkpoint
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.decoding.early_exit import check_supported
+from self_speculation.decoding.generation_defaults import check_defaults, ignore_defaults
 from self_speculation.masking import masked, without_secrets_of
-from self_speculation.pretrained import DamagedCheckpointError, Pretrained
+from self_speculation.pretrained import DamagedCheckpointError
 from self_speculation.settings import Settings, setting
 
 
@@ -26,6 +29,11 @@ def bundled(name: str) -> Path:
 
 BUNDLED_CHECKPOINT = bundled("layerskip-python-6M")
 RECOMMENDATION_FILE = "layerskip.json"
+RECOMMENDED = ("exit_layer", "num_speculations", "draft_vocab")
+# On what a case in that file may depend.
+USES = ("dtype", "device", "task")
+# Larger than any vocabulary.
+MOST_VOCABULARY = 2**31 - 1
 # The (E, d) with the paper's best speed-up (tables of section 6, greedy).
 PAPER_RECOMMENDATIONS = {
     "facebook/layerskip-llama2-7B": (8, 12),
@@ -38,7 +46,11 @@ DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 class ModelArguments(Settings):
     """Which model, and where and how it runs."""
 
-    model: str = setting(str(BUNDLED_CHECKPOINT), help="Folder or hub name; the bundled checkpoint by default.")
+    model: str = setting(
+        str(BUNDLED_CHECKPOINT),
+        help="Folder (a checkpoint, or a PEFT adapter that names its base), .gguf file, or hub name; the bundled "
+        "checkpoint by default.",
+    )
     model_args: str | None = setting(
         None,
         help="Arguments of from_pretrained: 'k=v,k=v', e.g. device_map=auto,revision=main.",
@@ -50,6 +62,9 @@ class ModelArguments(Settings):
         help="auto, float32, bfloat16, float16 or float64; auto is the checkpoint's own, but float32 on CPUs that are "
         "slow in 16 bits.",
     )
+    ignore_generation_config: bool = setting(
+        default=False, help="Leave out what the checkpoint's generation_config.json would change about the logits."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,65 +74,133 @@ class ModelArguments(Settings):
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The exit layer and draft length to use with a checkpoint, and who says so."""
+    """The exit layer, the draft length and the draft's vocabulary to use with a checkpoint, and who says so."""
 
     exit_layer: int
     num_speculations: int
     source: str
+    draft_vocab: int | None = None
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a checkpoint is used for, and how: a recommendation may hold for some of it only."""
+
+    dtype: str | None = None
+    device: str | None = None
+    task: str | None = None
+
+    def number_met(self, case: dict[str, Any]) -> int | None:
+        """How many conditions a case of a recommendation has; None if one of them is not met."""
+        conditions = {name: case[name] for name in USES if name in case}
+        is_met = all(getattr(self, name) == wanted for name, wanted in conditions.items())
+        return len(conditions) if is_met else None
 
 
 def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
-        ValueError: no such model, no weights or damaged ones, no access, or a model that cannot exit early.
+        ValueError: no such model, no weights or damaged ones, no access, a model that cannot exit early, or defaults
+            of generation that cannot be honoured.
     """
     options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     _check_trust(arguments.model, options)
-    checkpoint = Pretrained(arguments.model, options)
+    source = checkpoint(arguments.model, options)
     try:
         if "dtype" not in options:
-            dtype = _dtype(arguments.dtype, checkpoint.config(), device)
-            checkpoint = replace(checkpoint, options=options | {"dtype": dtype})
-        model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
+            dtype = _dtype(arguments.dtype, source.config(), device)
+            source = replace(source, options=source.options | {"dtype": dtype})
+        model, tokenizer = source.model(), source.tokenizer()
     except DamagedCheckpointError:
         raise
     # What reads the files of a checkpoint raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
         raise ValueError(_loading_sentence(arguments, error)) from error
     check_supported(model)
-    checkpoint.check_vocabulary(model, tokenizer)
+    source.check_vocabulary(model, tokenizer)
+    if arguments.ignore_generation_config:
+        ignore_defaults(model.generation_config)
+    check_defaults(model.generation_config, sample=False)
     if "device_map" not in options:
         model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
     return model.eval(), tokenizer
 
 
-def read_recommendation(name: str, num_layers: int) -> Recommendation:
-    """E and d for a checkpoint: from beside its weights, the paper's, or by the rule E = L/4, d = 4.
+def advice_for(model: LlamaForCausalLM, task: str | None = None) -> Recommendation:
+    """What is recommended for a model where it is, and in its dtype; `task` is a dataset's name.
 
     Raises:
         ValueError: the file beside the weights holds something else.
     """
-    path = Path(name) / RECOMMENDATION_FILE
-    if path.exists():
-        return _recommendation_in(path, num_layers)
+    use = Use(str(model.dtype).removeprefix("torch."), model.device.type, task)
+    return read_recommendation(model.name_or_path or "", model.config.num_hidden_layers, use, model.config.vocab_size)
+
+
+def read_recommendation(
+    name: str, num_layers: int, use: Use = Use(), vocab_size: int = MOST_VOCABULARY
+) -> Recommendation:
+    """E, d and the draft's vocabulary for a checkpoint: from beside its weights, the paper's, or by E = L/4, d = 4.
+
+    Raises:
+        ValueError: the file beside the weights holds something else.
+    """
+    path = file_beside(name, RECOMMENDATION_FILE)
+    if path is not None:
+        return _recommendation_in(path, {"exit_layer": num_layers, "draft_vocab": vocab_size}, use)
     if name in PAPER_RECOMMENDATIONS:
         return Recommendation(*PAPER_RECOMMENDATIONS[name], "the paper's choice")
     return Recommendation(max(1, num_layers // 4), 4, "a quarter of the layers, the rule for unknown checkpoints")
 
 
-def _recommendation_in(path: Path, num_layers: int) -> Recommendation:
-    limits = {"exit_layer": (1, num_layers), "num_speculations": (0, MOST_SPECULATIONS)}
+def _recommendation_in(path: Path, most: dict[str, int], use: Use) -> Recommendation:
+    """Of the file's cases that apply the one with most conditions, the first of equals; without any, its own values."""
     try:
         # A pipe or a device might never end.
         values: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        chosen = {field: values[field] for field in limits}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        general = _recommended(path, "", values, most)
+        cases = values.get("cases", [])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path} is not a JSON object with exit_layer and num_speculations.") from error
-    for field, (least, most) in limits.items():
-        value = chosen[field]
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{path}: {field} must be a whole number from {least} to {most}, not {value!r:.40}.")
+    if not isinstance(cases, list):
+        raise ValueError(f"{path}: cases must be a list, not {cases!r:.40}.")
+    fitting = {0: general}
+    for number, case in enumerate(cases, 1):
+        place = f"case {number}: "
+        _check_case(path, place, case)
+        recommended, num_met = _recommended(path, place, case, most), use.number_met(case)
+        if num_met is not None:
+            fitting.setdefault(num_met, recommended)
+    return fitting[max(fitting)]
+
+
+def _check_case(path: Path, place: str, case: Any) -> None:
+    """Refuse a case that says nothing of when it applies, or says it in other words."""
+    known = {*USES, *RECOMMENDED}
+    if not isinstance(case, dict) or not case.keys() >= {"exit_layer", "num_speculations"}:
+        raise ValueError(f"{path}: {place}not an object with exit_layer and num_speculations.")
+    if case.keys() - known:
+        raise ValueError(f"{path}: {place}{min(case.keys() - known)!r:.40} is none of {', '.join(sorted(known))}.")
+    given = {name: case[name] for name in USES if name in case}
+    if not given:
+        raise ValueError(f"{path}: {place}it needs one of {', '.join(USES)}.")
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {place}{name} must be a string, not {value!r:.40}.")
+
+
+def _recommended(path: Path, place: str, values: Any, most: dict[str, int]) -> Recommendation:
+    chosen = {"exit_layer": values["exit_layer"], "num_speculations": values["num_speculations"]}
+    if values.get("draft_vocab") is not None:
+        chosen["draft_vocab"] = values["draft_vocab"]
+    for name, value in chosen.items():
+        least, limit = (0, MOST_SPECULATIONS) if name == "num_speculations" else (1, most[name])
+        if type(value) is not int or not least <= value <= limit:
+            raise ValueError(
+                f"{path}: {place}{name} must be a whole number from {least} to {limit}, not {value!r:.40}."
+            )
     return Recommendation(**chosen, source="recommended by the checkpoint")
 
 
@@ -187,6 +270,7 @@ def _loading_sentence(arguments: ModelArguments, error: Exception) -> str:
     reason = (text.splitlines() or [""])[0] or type(error).__name__
     if isinstance(error, TypeError) and given:
         return f"--model_args {masked(given)}: {reason}."
-    if Path(name).is_dir():
-        return f"--model {name}: the folder has no model that transformers can load ({reason})"
+    if Path(name).exists():
+        kind = "folder" if Path(name).is_dir() else "file"
+        return f"--model {name}: the {kind} has no model that transformers can load ({reason})"
     return f"--model {name} is neither a folder nor a model that the hub could give ({reason})"

@@ -53,6 +53,11 @@ class Pretrained:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """Its name in sentences."""
+        return self.name
+
     def config(self) -> PreTrainedConfig:
         """The configuration."""
         return AutoConfig.from_pretrained(self.name, **self._shared())
@@ -113,7 +118,7 @@ class Pretrained:
                 self._refuse(name, f"has values that are NaN or infinite in {parameter.dtype}".replace("torch.", ""))
 
     def _refuse(self, tensor: str, reason: str) -> NoReturn:
-        raise DamagedCheckpointError(f"--model {self.name}: the checkpoint is damaged: its tensor {tensor} {reason}.")
+        raise DamagedCheckpointError(f"--model {self.label}: the checkpoint is damaged: its tensor {tensor} {reason}.")
 
 
 def is_finite(tensor: Tensor) -> bool:

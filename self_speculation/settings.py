@@ -4,11 +4,14 @@ A field is made by `setting`; `Settings` checks every field's limits in one plac
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+# torch, NumPy and iterators keep whole numbers in 64 bits, with a sign.
+MOST_WHOLE = 2**63 - 1
 # Files that whoever began the program has opened for it: a pipe, or a shell's <(command).
 OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/fd/", "/proc/self/fd/")
 
@@ -64,6 +67,10 @@ class Settings:
 
 
 def _check(flag: str, value: Any, limits: Limits) -> None:
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        raise ValueError(f"--{flag} must fit into 64 bits, not be {value}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--{flag} must be a finite number, not {value}.")
     if value is None or limits.at_least is limits.at_most is None:
         return
     if not isinstance(value, int | float):

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.compilation import BACKEND, CompiledSteps
-from self_speculation.decoding.early_exit import token_device
+from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
@@ -59,7 +59,7 @@ class StepwiseStrategy(GenerationStrategy):
         plan, context = self.plan(request.config), self.model.config.max_position_embeddings
         step = self._step(request, plan)
         step.rows.begin(request.prompts, request.limits(context), request.config.seed)
-        prefill(self.model, step.rows, plan.num_layers, request.config.prefill_chunk)
+        prefill(self.model, step.rows, plan, request.config.prefill_chunk)
         return Session(request, step, plan.num_speculations, context)
 
     @torch.inference_mode()
@@ -71,7 +71,7 @@ class StepwiseStrategy(GenerationStrategy):
             return self.compiled_steps.get(request, passes)
         longest = max(request.limits(self.model.config.max_position_embeddings))
         capacity = longest + plan.num_speculations + 1
-        cache = PositionAddressedCache(self.model.config.num_hidden_layers, capacity, token_device(self.model))
+        cache = PositionAddressedCache(num_caches(self.model), capacity, token_device(self.model))
         return EagerStep(passes, Rows.empty(cache, len(request.prompts), request.config.sample))
 
 

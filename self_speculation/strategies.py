@@ -28,7 +28,7 @@ def make_strategy(
 
 
 def fill_in(config: GenerationConfig, advice: Recommendation, others: Strategies = NO_OTHERS) -> GenerationConfig:
-    """`config` with the recommended exit layer and draft length where none were given and the strategy needs them."""
+    """`config` with what is recommended where nothing was given and the strategy takes it."""
     uses = strategy_type(config, others).uses
     missing = {name: getattr(advice, name) for name in uses if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "self_speculation"
 # Houses from the ground up; those of one rank know nothing of each other. A house is a folder, or a file named here.
 RANKS = (
-    f"{PACKAGE}.log_levels {PACKAGE}.masking {PACKAGE}.settings",
-    f"{PACKAGE}.pretrained",
+    f"{PACKAGE}.adapter_config {PACKAGE}.log_levels {PACKAGE}.masking {PACKAGE}.settings",
+    f"{PACKAGE}.exit_adapter {PACKAGE}.pretrained",
+    f"{PACKAGE}.checkpoint_kinds",
     f"{PACKAGE}.decoding {PACKAGE}.training {PACKAGE}.prompts",
     PACKAGE,
     f"{PACKAGE}.measuring",
@@ -27,7 +28,7 @@ RANK = {house: rank for rank, houses in enumerate(RANKS) for house in houses.spl
 FOLDERS = (PACKAGE, "benchmarks")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 # What decoding does without.
-HEAVY = {"datasets", "lm_eval", "matplotlib", "pandas", "peft"}
+HEAVY = {"datasets", "gguf", "lm_eval", "matplotlib", "pandas", "peft"}
 # Files of the package that import one another; the doors at the top stand on them.
 MAX_CHAIN = 10
 MAX_LINES = 60

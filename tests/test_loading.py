@@ -1,7 +1,8 @@
-"""Loading, recommendations, the tie rule, and what the speed benchmark counts."""
+"""Loading, recommendations, and strategies by their names."""
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
+from self_speculation.loading import ModelArguments, Recommendation, Use, advice_for, load, read_recommendation
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.equivalence import CellReport, Difference, compare, first_difference, logit_margin
 from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.settings import by_flag
@@ -128,6 +128,69 @@ def test_a_bad_recommendation_names_its_file(content: bytes, named: str, tmp_pat
     assert "--" not in str(error.value).removeprefix(str(path))
 
 
+CASES = {
+    "exit_layer": 2,
+    "num_speculations": 4,
+    "cases": [
+        {"dtype": "bfloat16", "exit_layer": 3, "num_speculations": 5},
+        {"task": "top_v2", "exit_layer": 4, "num_speculations": 6, "draft_vocab": 9},
+        {"task": "top_v2", "dtype": "bfloat16", "device": "cuda", "exit_layer": 5, "num_speculations": 7},
+        {"task": "top_v2", "exit_layer": 1, "num_speculations": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        (Use(), (2, 4, None)),
+        (Use("float32", "cuda", "gsm8k"), (2, 4, None)),
+        (Use("bfloat16", "cpu", "gsm8k"), (3, 5, None)),
+        (Use("float32", "cpu", "top_v2"), (4, 6, 9)),
+        (Use("bfloat16", "cpu", "top_v2"), (3, 5, None)),
+        (Use("bfloat16", "cuda", "top_v2"), (5, 7, None)),
+    ],
+)
+def test_the_case_with_most_conditions_is_taken(
+    use: Use, expected: tuple[int, int, int | None], tmp_path: Path
+) -> None:
+    """Of equals the first; where none applies, what stands outside of them."""
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES))
+    advice = read_recommendation(str(tmp_path), 6, use, vocab_size=300)
+    assert (advice.exit_layer, advice.num_speculations, advice.draft_vocab) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"draft_vocab": 301}, "layerskip.json: draft_vocab must be a whole number from 1 to 300, not 301"),
+        ({"draft_vocab": "all"}, "layerskip.json: draft_vocab must be a whole number"),
+        ({"cases": {}}, "layerskip.json: cases must be a list"),
+        ({"cases": [3]}, "layerskip.json: case 1: not an object"),
+        ({"cases": [{"task": "x", "exit_layer": 1}]}, "case 1: not an object with exit_layer and num_speculations"),
+        ({"cases": [{"exit_layer": 1, "num_speculations": 1}]}, "case 1: it needs one of dtype, device, task"),
+        ({"cases": [{"exit_layer": 1, "num_speculations": 1, "tasks": "x"}]}, "case 1: 'tasks' is none of"),
+        ({"cases": [{"exit_layer": 1, "num_speculations": 1, "task": ["x"]}]}, "case 1: task must be a string"),
+        ({"cases": [CASES["cases"][0], {"exit_layer": 7, "num_speculations": 1, "task": "x"}]}, "case 2: exit_layer"),
+    ],
+)
+def test_a_bad_case_names_its_file_and_number(changes: dict[str, object], named: str, tmp_path: Path) -> None:
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES | changes))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        read_recommendation(str(tmp_path), 6, vocab_size=300)
+
+
+def test_a_recommendation_depends_on_how_the_model_was_loaded(folder: Path) -> None:
+    """And self-speculative decoding drafts from the vocabulary that it names."""
+    case = {"dtype": "bfloat16", "device": "cpu", "exit_layer": 3, "num_speculations": 5, "draft_vocab": 20}
+    (folder / "layerskip.json").write_text(json.dumps(CASES | {"cases": [case]}))
+    for dtype, expected in (("bfloat16", (3, 5, 20)), ("float32", (2, 4, None))):
+        model, _ = load(ModelArguments(model=str(folder), dtype=dtype, device="cpu"))
+        filled = fill_in(GenerationConfig(generation_strategy="self_speculative"), advice_for(model))
+        assert (filled.exit_layer, filled.num_speculations, filled.draft_vocab) == expected
+        assert fill_in(GenerationConfig(), advice_for(model)).draft_vocab is None
+
+
 def test_a_recommendation_is_read_from_a_file_only(tmp_path: Path) -> None:
     """A pipe would be waited for."""
     os.mkfifo(tmp_path / "layerskip.json")
@@ -162,38 +225,3 @@ def test_names_become_strategies(model: LlamaForCausalLM) -> None:
     ):
         config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
         assert type(make_strategy(model, config, RIVALS)) is kind
-
-
-@pytest.mark.parametrize(
-    ("expected", "actual", "position"),
-    [([], [], None), ([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1], 1), ([], [4], 0)],
-)
-def test_first_difference(expected: list[int], actual: list[int], position: int | None) -> None:
-    assert first_difference(expected, actual) == position
-
-
-def test_ties_and_failures() -> None:
-    tie, failure = Difference(0, 3, 5, 6, 1e-7, 1e-6), Difference(0, 3, 5, 6, 1e-5, 1e-6)
-    end = Difference(0, 3, 5, None, None, None)
-    assert [difference.is_tie for difference in (tie, failure, end)] == [True, False, False]
-    assert CellReport(1, 1, num_samples=100, differences=[tie]).is_correct
-    assert not CellReport(1, 1, num_samples=99, differences=[tie]).is_correct
-    assert not CellReport(1, 1, num_samples=1000, differences=[failure]).is_correct
-    assert not CellReport(1, 1, num_samples=1000, differences=[end]).is_correct
-
-
-def test_the_margin_is_that_of_the_two_logits_in_float32(make_model: Callable[..., LlamaForCausalLM]) -> None:
-    model = make_model().to(torch.bfloat16)
-    margin, tolerance = logit_margin(model, [0, 5, 9], [3, 4])
-    logits = model.float()(torch.tensor([[0, 5, 9]])).logits[0, -1]
-    assert margin == pytest.approx((logits[3] - logits[4]).abs().item())
-    assert tolerance == pytest.approx(4 * 2**-7 * logits.abs().max().item())
-    assert logit_margin(model, [0, 5, 9], [3, None]) == (None, None)
-
-
-def test_answers_are_compared_at_their_first_difference(model: LlamaForCausalLM) -> None:
-    """By the logits after the prompt and what is common to both."""
-    margin, tolerance = logit_margin(model, [0, 5, 9, 7], [3, 4])
-    assert compare(model, 6, [0, 5, 9], [7, 3, 2], [7, 4]) == Difference(6, 1, 3, 4, margin, tolerance)
-    assert compare(model, 6, [0, 5, 9], [7, 3], [7]) == Difference(6, 1, 3, None, None, None)
-    assert compare(model, 6, [0, 5, 9], [7, 3], [7, 3]) is None

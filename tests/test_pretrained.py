@@ -194,44 +194,48 @@ def test_a_damaged_file_is_refused(name: str, content: bytes, own: Path) -> None
     assert refusal(own)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_hidden_layers": -1},
-        {"num_hidden_layers": 0},
-        {"num_hidden_layers": 5},
-        {"num_hidden_layers": 7},
-        {"num_attention_heads": 0},
-        {"num_attention_heads": 3},
-        {"num_attention_heads": -4},
-        {"num_key_value_heads": 3},
-        {"num_key_value_heads": 0},
-        {"vocab_size": 0},
-        {"vocab_size": -300},
-        {"vocab_size": 299},
-        {"vocab_size": 10**15},
-        {"hidden_size": 33},
-        {"hidden_size": "32"},
-        {"hidden_size": None},
-        {"intermediate_size": 65},
-        {"head_dim": 9},
-        {"hidden_act": "wave"},
-        {"attention_bias": True},
-        {"dtype": "banana"},
-        {"dtype": "int8"},
-        {"rope_parameters": {"rope_type": "banana"}},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": "x"}},
-        {"rms_norm_eps": "small"},
-        {"pad_token_id": 999},
-    ],
-    ids=str,
-)
+# What is another in the configuration than in the weights.
+CONFIGURATIONS: list[dict[str, object]] = [
+    {"num_hidden_layers": -1},
+    {"num_hidden_layers": 0},
+    {"num_hidden_layers": 5},
+    {"num_hidden_layers": 7},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": 3},
+    {"num_attention_heads": -4},
+    {"num_key_value_heads": 3},
+    {"num_key_value_heads": 0},
+    {"vocab_size": 0},
+    {"vocab_size": -300},
+    {"vocab_size": 299},
+    {"vocab_size": 10**15},
+    {"hidden_size": 33},
+    {"hidden_size": "32"},
+    {"hidden_size": None},
+    {"intermediate_size": 65},
+    {"head_dim": 9},
+    {"hidden_act": "wave"},
+    {"attention_bias": True},
+    {"dtype": "banana"},
+    {"dtype": "int8"},
+    {"rope_parameters": {"rope_type": "banana"}},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": "x"}},
+    {"rms_norm_eps": "small"},
+    {"pad_token_id": 999},
+]
+
+
+@pytest.mark.parametrize("change", CONFIGURATIONS, ids=str)
 def test_a_configuration_of_another_model_is_refused(change: dict[str, object], own: Path) -> None:
     change_config(own, **change)
     assert refusal(own)
 
 
-@pytest.mark.parametrize("kept", [4, 100, 3000])
+# Bytes that are left of the weights.
+TRUNCATIONS = [4, 100, 3000]
+
+
+@pytest.mark.parametrize("kept", TRUNCATIONS)
 def test_truncated_weights_are_refused(kept: int, own: Path) -> None:
     path = own / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])

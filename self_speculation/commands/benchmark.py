@@ -22,10 +22,13 @@ from rich.console import Console
 from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
+from self_speculation.measuring.code_execution import best_isolation
+from self_speculation.measuring.contestants import MOST_REPEATS
 from self_speculation.measuring.figures import rounded
+from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.passes import TimePasses, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
@@ -35,6 +38,7 @@ from self_speculation.measuring.tables import print_figures
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import fit, prompt_limit
 from self_speculation.prompts.sources import read_examples
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.strategies import STRATEGIES
 
@@ -45,7 +49,9 @@ KINDS = {**STRATEGIES, **RIVALS}
 class BenchmarkArguments(Settings):
     """What to measure besides speed, and how often."""
 
-    repeats: int = setting(1, help="Rounds over all prompts; times are medians over the rounds.", at_least=1)
+    repeats: int = setting(
+        1, help="Rounds over all prompts; times are medians over the rounds.", at_least=1, at_most=MOST_REPEATS
+    )
     batch_size: int = setting(
         1,
         help="Prompts answered together. Throughput is a batch's tokens over its seconds; latency is what a row "
@@ -53,18 +59,44 @@ class BenchmarkArguments(Settings):
         at_least=1,
     )
     score_text: bool = setting(True, help="ROUGE, BLEU, exact match and edit distance to the data's responses.")
+    judge: bool = setting(
+        True,
+        help="Judge every token of greedy answers, as correctness.py does. A model in 16 bits is copied in float32 for "
+        "it, once all is measured.",
+    )
     execute_code: bool = setting(
         False,
         help="Run the answers to human_eval against its tests (pass@1). Off because it runs code that a model "
-        "wrote. Each program has its own process, limits of time, memory and file size, and no network: a network "
-        "namespace where the system allows one, else only blocked sockets; the results say which.",
+        "wrote. Each program is shut off from files, processes and network, by bubblewrap or else by Landlock, and "
+        "has limits of time, memory, disk space and processes; the results say which. docs/sandbox.md has the rest.",
+    )
+    execute_code_unsafely: bool = setting(
+        False,
+        help="Where there is neither, run them all the same: with your rights on files and processes, and kept from "
+        "the network alone.",
     )
     resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
     verbose: bool = setting(False, help="Print every sample's prompt, response and answers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.execute_code_unsafely and not self.execute_code:
+            raise ValueError("--execute_code_unsafely needs --execute_code True.")
+
+    def isolation(self) -> Isolation | None:
+        """What isolates the programs that are run; None if there are none.
+
+        Raises:
+            ValueError: nothing does, and nobody asked for that.
+        """
+        return best_isolation(self.execute_code_unsafely) if self.execute_code else None
 
     def scorers(self) -> list[Scorer]:
         """What the answers are scored by."""
-        return [*([score_text] if self.score_text else []), *([score_code] if self.execute_code else [])]
+        isolation = self.isolation()
+        code: list[Scorer] = [] if isolation is None else [partial(score_code, isolation=isolation)]
+        return [*([score_text] if self.score_text else []), *code]
 
 
 @dataclass
@@ -112,15 +144,17 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
     transformers.utils.logging.set_verbosity_error()
     # Gives each rank a device of its own, so before a model is loaded. Without `cpu`, ranks on CPUs would be alone.
     # Ranks wait for the slowest, however long.
-    is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
+    with all_present(arguments.rendezvous_timeout):
+        is_main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)).is_main_process
     if arguments.execute_code and dataset.dataset != "human_eval":
         raise ValueError(f"--execute_code needs --dataset human_eval, not {dataset.dataset}.")
+    isolation = arguments.isolation()
     if arguments.batch_size > 1:
         config.check_batches()
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_each_strategy(), advice)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples, num_shortened = fit(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
@@ -135,9 +169,10 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
         note(ceiling.sentence)
     benchmark.run(arguments.repeats, arguments.verbose)
     if is_main:
-        figures = benchmark.results(ceiling, arguments.scorers())
+        judge = benchmark.judge() if arguments.judge else None
+        figures = benchmark.results(ceiling, arguments.scorers(), judge)
         prompts = {"samples": len(examples), "shortened": num_shortened, "most_tokens": limit.most}
-        log.write(benchmark.document(ceiling, figures) | {"arguments": settings, "prompts": prompts})
+        log.write(benchmark.document(ceiling, figures, isolation) | {"arguments": settings, "prompts": prompts})
         print_figures(figures, Console(highlight=False))
         note(f"{log.document} has all figures, {log.log} every answer.")
         print(json.dumps({"strategies": rounded({name: own.as_json() for name, own in figures.items()})}))

@@ -1,4 +1,4 @@
-"""Check that self-speculative decoding gives the full model's greedy output, token for token. Exit code 0 or 1.
+"""Check that self-speculative decoding gives the full model's greedy output, token by token. Exit code 0 or 1.
 
 python correctness.py --exit_layer 1:11 --num_speculations 1,2,4,8 --max_steps 128
 python correctness.py --dataset human_eval --num_samples 20 --model facebook/layerskip-llama3.2-1B
@@ -6,22 +6,23 @@ python correctness.py --dataset human_eval --num_samples 20 --model facebook/lay
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
-from self_speculation.loading import ModelArguments, load, read_recommendation
-from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
+from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.measuring.equivalence import MOST_TIES, CellReport, EquivalenceCheck
+from self_speculation.measuring.tables import plain_table
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
@@ -31,6 +32,8 @@ from self_speculation.writing import write_text
 
 # What an interrupted check has found, beside the results of an earlier whole one.
 UNFINISHED = "correctness.unfinished.json"
+# Failures of each cell that are told in words; the file has all.
+MOST_SENTENCES = 5
 
 
 @dataclass
@@ -61,9 +64,12 @@ def numbers(flag: str, text: str | None, least: int) -> list[int]:
     for item in text.split(",") if text else []:
         first, colon, last = item.partition(":")
         try:
-            values += range(int(first), int(last) + 1) if colon else [int(first)]
+            ends = [int(first), int(last) if colon else int(first)]
         except ValueError as error:
             raise ValueError(f"--{flag} must look like 4, 1,2,4 or 1:11, not {text!r}.") from error
+        if max(ends) > MOST_SPECULATIONS:
+            raise ValueError(f"--{flag} must be at most {MOST_SPECULATIONS}, not {max(ends)}.")
+        values += range(ends[0], ends[1] + 1)
     if text is not None and (not values or min(values) < least):
         raise ValueError(f"--{flag} must name numbers of at least {least}, not {text!r}.")
     return values
@@ -80,9 +86,9 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    advice = advice_for(model, dataset.dataset)
     cells = [
-        CellReport(check_exit_layer(exit_layer, model), num_speculations)
+        CellReport(check_exit_layer(exit_layer, model), num_speculations, MOST_TIES.get(model.dtype, 1.0))
         for exit_layer in config.exit_layers or [advice.exit_layer]
         for num_speculations in config.draft_lengths or [advice.num_speculations]
     ]
@@ -93,11 +99,11 @@ def main() -> None:
     try:
         run(check, prompts, config.batch_size)
     except (KeyboardInterrupt, Terminated):
-        found = document(settings, cells) | {"is_correct": False}
+        found = document(settings, check) | {"is_correct": False}
         write_text(path.with_name(UNFINISHED), json.dumps(found, indent=1))
         raise
-    write_text(path, json.dumps(document(settings, cells), indent=1))
-    report(cells, tokenizer, path)
+    write_text(path, json.dumps(document(settings, check), indent=1))
+    report(check, tokenizer, path)
     sys.exit(0 if all(cell.is_correct for cell in cells) else 1)
 
 
@@ -108,36 +114,73 @@ def run(check: EquivalenceCheck, prompts: list[str], batch_size: int) -> None:
         for first in batches:
             for _ in check.run(prompts[first : first + batch_size]):
                 progress.update()
-                progress.set_postfix(differences=sum(len(cell.differences) for cell in check.cells))
+                progress.set_postfix(wrong=sum(cell.num_wrong for cell in check.cells))
 
 
-def document(settings: dict[str, Any], cells: list[CellReport]) -> dict[str, Any]:
+def document(settings: dict[str, Any], check: EquivalenceCheck) -> dict[str, Any]:
     """Everything that was found, as one JSON document."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
-        "is_correct": all(cell.is_correct for cell in cells),
+        "is_correct": all(cell.is_correct for cell in check.cells),
         "settings": settings,
         "versions": versions,
-        "cells": [cell.as_json() for cell in cells],
+        "dtype": str(check.model.dtype),
+        "cells": [cell.as_json() for cell in check.cells],
+        "noise_floors": [asdict(floor) for floor in check.noise_floors],
     }
 
 
-def report(cells: list[CellReport], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """A table of the grid, every difference in words, and the verdict as the last line."""
-    table = Table("exit layer", "drafts", "samples", "equal", "ties", "failures", "acceptance")
-    for cell in cells:
-        equal = cell.num_samples - len(cell.differences)
-        counts = (cell.exit_layer, cell.num_speculations, cell.num_samples, equal, cell.num_ties, cell.num_failures)
-        table.add_row(*map(str, counts), f"{cell.acceptance_rate:.1%}", style=None if cell.is_correct else "red")
-    Console().print(table)
-    for cell in cells:
-        for difference in cell.differences:
-            say(f"E={cell.exit_layer} d={cell.num_speculations} {difference.sentence(tokenizer)}")
-    runs, ties, failures = (
-        sum(values) for values in zip(*((c.num_samples, c.num_ties, c.num_failures) for c in cells), strict=True)
+def report(check: EquivalenceCheck, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """A table of the grid, the first failures in words, the noise floor, and the verdict as the last line."""
+    heads = (
+        "E",
+        "d",
+        "samples",
+        "equal",
+        "tokens",
+        "exact",
+        "within\nrounding",
+        "largest\nmargin",
+        "wrong",
+        "accepted",
     )
-    verdict = "PASS" if all(cell.is_correct for cell in cells) else "FAIL"
-    print(f"{verdict}: {runs} runs against the full model, {ties} ties, {failures} failures ({path})")
+    Console(highlight=False).print(plain_table(heads, map(as_text, check.cells), num_names=0))
+    for cell in check.cells:
+        failures = [(sample, difference) for sample, difference in cell.differences if not difference.is_tie]
+        for sample, difference in failures[:MOST_SENTENCES]:
+            where = f"E={cell.exit_layer} d={cell.num_speculations} sample {sample}"
+            say(f"{where}, {difference.sentence(tokenizer)}")
+    for floor in check.noise_floors:
+        print(floor.sentence())
+    print(f"{verdict(check.cells)} ({path})")
+
+
+def as_text(cell: CellReport) -> tuple[str, ...]:
+    """A cell's row of the table; the largest margin within rounding is a share of its bound."""
+    return (
+        str(cell.exit_layer),
+        str(cell.num_speculations),
+        str(cell.num_samples),
+        str(cell.num_samples - cell.num_ties - cell.num_failures),
+        f"{cell.num_tokens:,}",
+        f"{cell.num_exact:,}",
+        str(len(cell.ties)),
+        f"{cell.largest_tie.share_of_tolerance:.0%}" if cell.largest_tie else "",
+        str(cell.num_wrong),
+        f"{cell.acceptance_rate:.1%}",
+    )
+
+
+def verdict(cells: list[CellReport]) -> str:
+    """PASS or FAIL, and the totals that it rests on."""
+    runs, tokens, exact = (sum(getattr(c, name) for c in cells) for name in ("num_samples", "num_tokens", "num_exact"))
+    within, wrong = sum(len(cell.ties) for cell in cells), sum(cell.num_wrong for cell in cells)
+    word = "PASS" if all(cell.is_correct for cell in cells) else "FAIL"
+    found = f"{exact:,} exact, {within:,} within rounding, {wrong:,} wrong"
+    ties = sum(cell.num_ties for cell in cells)
+    if word == "FAIL" and not wrong:
+        found += f"; {ties} answers differ by ties, more than {cells[0].most_ties:.0%}"
+    return f"{word}: {runs} runs against the full model, {tokens:,} tokens judged: {found}"
 
 
 if __name__ == "__main__":

@@ -64,6 +64,30 @@ def one_sentence_errors(go_on: str = "", lower: str = "--batch_size or --max_ste
             fail(sentence)
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """While packages are imported, which takes seconds, a signal ends the program at once.
+
+    Nothing has been done yet that could be kept. And an exception from a signal may be swallowed by the module that it
+    interrupts, whose half of an import then fails in ways of its own.
+    """
+    endings = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        how, code = endings[signal.Signals(number)]
+        if _is_first():
+            os.write(2, f"{how}.\n".encode())
+        os._exit(code)
+
+    with one_sentence_errors():
+        before = {number: signal.signal(number, end) for number in endings}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def _stop(how: str, go_on: str, code: int) -> NoReturn:
     """The end of a run that was stopped; of several processes the first one speaks."""
     if _is_first():
@@ -80,8 +104,14 @@ def _sentence(error: Exception, go_on: str, lower: str) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(said in text for said in NO_MEMORY)):
         return f"there is not enough memory: a lower {lower}, or a smaller --model, needs less."
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}." if error.filename else text
+        return f"{_as_name(error.filename)}: {error.strerror}." if error.filename else text
     return text if isinstance(error, ValueError) else None
+
+
+def _as_name(file: object) -> str:
+    """A file's name, in quotation marks where it would not be seen as one."""
+    name = str(file)
+    return name if name.isprintable() and name == name.strip() else repr(name)
 
 
 def _is_first() -> bool:

@@ -23,9 +23,11 @@ from self_speculation.harness.caches import keep_caches_apart
 from self_speculation.harness.evaluation import Evaluation
 from self_speculation.harness.loaded_tasks import LoadedTasks
 from self_speculation.harness.logs import without_commands
+from self_speculation.harness.program_scores import isolate_programs
 from self_speculation.harness.report import print_report
 from self_speculation.harness.result_files import described, save
 from self_speculation.loading import ModelArguments
+from self_speculation.rendezvous import all_present
 
 # The flags, in the order in which `main` takes them.
 GROUPS = (EvalArguments, ModelArguments, EvalConfig, OutputArguments)
@@ -42,9 +44,12 @@ def main() -> None:
         handler.addFilter(without_commands)
     transformers.utils.logging.set_verbosity_error()  # It would warn of every prompt that is about to be shortened.
     tasks = LoadedTasks(arguments.tasks, arguments.include_path, arguments.data_dir)
+    runs_code = arguments.confirm_run_unsafe_code and not arguments.predict_only
+    isolation = isolate_programs(tasks.tasks.values(), arguments.execute_code_unsafely) if runs_code else None
     if arguments.check_integrity:
         run_task_tests(tasks.names)
-    lm = LayerSkipLM.load(model_arguments, config.generation(), **arguments.batch_sizes())
+    with all_present(arguments.rendezvous_timeout):
+        lm = LayerSkipLM.load(model_arguments, config.generation(), **arguments.batch_sizes())
     if arguments.measure_speedup:
         lm.measure_speedup()
     description = described(model_arguments, lm)
@@ -53,6 +58,8 @@ def main() -> None:
     options = arguments.harness_options() | {"model_args": description, "evaluation_tracker": tracker}
     results = Evaluation(lm, tasks, options).run(config.scores_all_exits)
     if results is not None:
+        if isolation is not None:
+            results["programs_are_kept_from_the_network_by"] = str(isolation)
         print_report(results, save(results, tracker))
     if lm.world_size > 1:
         torch.distributed.destroy_process_group()

@@ -40,9 +40,25 @@ def parse(
     _check_characters(given)
     parser = _Parser(dataclasses, rare, shows_rare="--help_all" in given, description=description)
     try:
-        return parser.parse_args_into_dataclasses(args=args)
+        *groups, unknown = parser.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
     except ValueError as error:
-        fail(str(error))
+        fail(_naming_flags(str(error), given, rare))
+    # transformers' dataclasses raise errors of many kinds: of packages that are missing, of files, of types.
+    except Exception as error:
+        if not rare:
+            raise
+        fail(_naming_flags(str(error) or type(error).__name__, given, rare))
+    if unknown:
+        fail(f"{unknown[0]!r} is neither a flag nor a flag's value; --help shows all flags.")
+    return tuple(groups)
+
+
+def _naming_flags(sentence: str, given: list[str], rare: tuple[type, ...]) -> str:
+    """A sentence of transformers' that names no flag, behind the flags that it may be about."""
+    names = {f"--{field.name}" for group in rare for field in fields(group)}
+    own = [word for word in dict.fromkeys(word.partition("=")[0] for word in given) if word in names]
+    about = [flag for flag in own if flag.removeprefix("--") in sentence] or own
+    return sentence if "--" in sentence or not own else f"{', '.join(about)}: {sentence}"
 
 
 def _check_characters(given: list[str]) -> None:

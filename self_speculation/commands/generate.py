@@ -18,7 +18,7 @@ from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.commands.interactive import InterruptKey, KeepingStreamer, is_conversation, read_prompts
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
-from self_speculation.loading import ModelArguments, Recommendation, load, read_recommendation
+from self_speculation.loading import ModelArguments, Recommendation, advice_for, load
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
@@ -141,7 +141,7 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     note = partial(Console(stderr=True).print, highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load(model_arguments)
-    advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    advice = advice_for(model)
     config = fill_in(config, advice, RIVALS)
     generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, RIVALS))
     note(describe(config, advice), style="dim")

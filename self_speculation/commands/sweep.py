@@ -21,9 +21,11 @@ from rich.console import Console
 
 from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.cell import Cell
+from self_speculation.measuring.contestants import MOST_REPEATS
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.sweep import Mode, SearchPlan, Sweep, search
@@ -43,19 +45,22 @@ class SweepArguments(Settings):
         None, help="Greatest exit layer. Default: all but the last of the model's layers.", at_least=1
     )
     exit_layer_step: int = setting(1, help="Step between exit layers.", at_least=1)
-    num_speculations_first: int = setting(1, help="Least draft length.", at_least=1)
-    num_speculations_last: int = setting(6, help="Greatest draft length.", at_least=1)
+    num_speculations_first: int = setting(1, help="Least draft length.", at_least=1, at_most=MOST_SPECULATIONS)
+    num_speculations_last: int = setting(6, help="Greatest draft length.", at_least=1, at_most=MOST_SPECULATIONS)
     num_speculations_step: int = setting(1, help="Step between draft lengths.", at_least=1)
     mode: Mode = setting("grid", help="Measure every cell; predict all and measure the best few; or both.")
     finalists: int = setting(
         3, help="The best cells so far that are measured again, interleaved, to choose one.", at_least=1
     )
-    repeats: int = setting(2, help="Rounds of that measurement.", at_least=1)
+    repeats: int = setting(2, help="Rounds of that measurement.", at_least=1, at_most=MOST_REPEATS)
     profile_samples: int = setting(
         4, help="Answers that the prediction looks at, and on which its finalists are measured.", at_least=1
     )
     duel_repeats: int = setting(
-        10, help="Rounds of the two modes' choices against each other, in mode both.", at_least=1
+        10,
+        help="Rounds of the two modes' choices against each other, in mode both.",
+        at_least=1,
+        at_most=MOST_REPEATS,
     )
     resume: bool = setting(False, help="Go on with the sweep in --output_dir that was interrupted.")
 

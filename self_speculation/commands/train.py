@@ -6,6 +6,7 @@ python train.py --recipe finetune_topv2_1.5b --model runs/first --data_path topv
 """
 
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from self_speculation.measuring.recommendation import recommend
 from self_speculation.measuring.run_log import set_aside
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.sources import read_source
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
 from self_speculation.settings import Settings, by_flag, setting
 from self_speculation.training.arguments import LayerSkipArguments
+from self_speculation.training.exit_adapter_loss import prepare_exit_adapter
 from self_speculation.training.models import TrainedModelArguments, model_to_train
 from self_speculation.training.packing import Packing
 from self_speculation.training.responses import collate
@@ -54,6 +57,7 @@ class RunArguments(Settings):
         at_least=0,
         help="Held-out prompts by which layerskip.json is chosen at the end; 0: do not choose.",
     )
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.")
 
 
@@ -74,6 +78,14 @@ def check(
     for flag in ("lora_rank", "anchor_weight"):
         if getattr(layerskip, flag) and not model.model:
             raise ValueError(f"--{flag} is for a model that goes on, and needs --model.")
+
+
+def rendezvous_seconds(args: list[str]) -> int:
+    """What `--rendezvous_timeout` says, before all flags are read; what is wrong with it is said then."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rendezvous_timeout", default=str(RENDEZVOUS_SECONDS))
+    given = parser.parse_known_args(args)[0].rendezvous_timeout
+    return int(given) if given.isdecimal() else RENDEZVOUS_SECONDS
 
 
 def make_trainer(
@@ -120,21 +132,26 @@ RARE = (TrainingArguments,)
     lower="--per_device_train_batch_size or --block_size",
 )
 def main() -> None:
-    run, text_arguments, model_arguments, layerskip, training = parse(
-        *GROUPS, rare=RARE, args=with_recipe(RECIPES, sys.argv[1:]), description=__doc__
-    )
+    args = with_recipe(RECIPES, sys.argv[1:])
+    # transformers' arguments form the group of processes as they are made.
+    with all_present(rendezvous_seconds(args)):
+        run, text_arguments, model_arguments, layerskip, training = parse(
+            *GROUPS, rare=RARE, args=args, description=__doc__
+        )
     check(text_arguments, model_arguments, layerskip, training)
     checkpoint = checked_start(training)
     set_seed(training.seed)
     source = read_source(text_arguments, training.seed)
     model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
+    folder, trains = Path(training.output_dir), not only_evaluates(training)
+    if trains:
+        prepare_exit_adapter(model, layerskip.train_exit_adapter, model_arguments.model)
     contents = contents_of(all_texts(source), tokenizer, model, training.world_size)
     packing = Packing(run.separate_texts, Path(run.token_cache))
     with training.main_process_first(desc="tokenising"):
         sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
         datasets = training_sets(source, tokenizer, sizes)
     trainer = make_trainer(model, datasets, layerskip, training)
-    folder, trains = Path(training.output_dir), not only_evaluates(training)
     if trains:
         settings = by_flag(run, text_arguments, model_arguments, layerskip)
         start(trainer, tokenizer, checkpoint, record_of(settings, training, contents), run.resume_changed)

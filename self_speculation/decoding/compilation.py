@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, power_of_two, round_up
-from self_speculation.decoding.early_exit import token_device
+from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse, weight_version
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.request import GenerationRequest
@@ -88,7 +88,7 @@ class CompiledStep:
         with compiling(model, self.mode):
             for _ in range(WARM_UP_RUNS):
                 self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
-                prefill(model, self.rows, self.passes.plan.num_layers)
+                prefill(model, self.rows, self.passes.plan)
                 self.rows.cache.see(visible)
                 if not self.is_captured:
                     torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
@@ -163,7 +163,7 @@ class CompiledSteps:
         if key not in self.rows:
             device = token_device(self.model)
             bucket = power_of_two if device.type == "cuda" else round_up
-            cache = PositionAddressedCache(self.model.config.num_hidden_layers, capacity, device, bucket)
+            cache = PositionAddressedCache(num_caches(self.model), capacity, device, bucket)
             self.rows[key] = Rows.empty(cache, num_rows, sample)
         return self.rows[key]
 

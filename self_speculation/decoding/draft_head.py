@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from self_speculation.adapter_config import file_beside
 from self_speculation.decoding.fused_layers import linear, weight_version
 
 COUNTS_FILE = "token_counts.npy"
@@ -44,7 +45,7 @@ class DraftHead:
         is_plain = type(head) is nn.Linear and head.bias is None
         if not is_plain:
             raise ValueError(f"--draft_vocab needs a plain LM head, and this model's is a {type(head).__name__}.")
-        tokens_N = token_order(Path(model.name_or_path or ""), vocabulary)[:num_tokens].sort().values
+        tokens_N = token_order(model.name_or_path or "", vocabulary)[:num_tokens].sort().values
         tokens_N = tokens_N.to(head.weight.device)
         return cls(head.weight.data[tokens_N], tokens_N, head.weight, weight_version(head.weight))
 
@@ -53,9 +54,9 @@ class DraftHead:
         weight = model.lm_head.weight
         return len(self.tokens_N) == num_tokens and weight is self.source and weight_version(weight) == self.version
 
-    def logits(self, model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
-        """Logits (B, T, V) of an exit's hidden states; those of all other tokens are −∞."""
-        logits_BTN = linear(model.model.norm(hidden_BTD), self.rows_ND)
+    def logits(self, normed_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of an exit's hidden states behind their norm; those of all other tokens are −∞."""
+        logits_BTN = linear(normed_BTD, self.rows_ND)
         impossible = logits_BTN.new_full((*logits_BTN.shape[:2], len(self.source)), float("-inf"))
         return impossible.index_copy(-1, self.tokens_N, logits_BTN)
 
@@ -74,14 +75,14 @@ class DraftHeads:
         return self.last
 
 
-def token_order(folder: Path, vocab_size: int) -> Tensor:
-    """Tokens (V), the most frequent first, by the counts in the folder; without any, the vocabulary's own order.
+def token_order(name: str | Path, vocab_size: int) -> Tensor:
+    """Tokens (V), the most frequent first, by the counts beside a checkpoint; without any, the vocabulary's order.
 
     Raises:
         ValueError: the counts are not a whole number for each token.
     """
-    path = folder / COUNTS_FILE
-    if not path.exists():
+    path = file_beside(name, COUNTS_FILE)
+    if path is None:
         return torch.arange(vocab_size)
     return torch.from_numpy(np.argsort(-read_counts(path, vocab_size), kind="stable"))
 

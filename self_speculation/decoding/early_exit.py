@@ -1,7 +1,8 @@
 """A Llama model cut at a layer (section 4.2 of the paper).
 
 `forward_early` runs layers [0, E), `forward_remainder` layers [E, L), `exit_logits` the final norm and LM head that
-all exits share. This is the only file that knows how transformers calls a decoder layer.
+all exits share; `forward_adapter` runs an exit adapter, where a model has one. This is the only file that knows how
+transformers calls a decoder layer.
 
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 """
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.fused_layers import KeyValueAccess, SharedInputs, fused_layer, is_summed, linear
+from self_speculation.exit_adapter import ExitAdapter
 
 ROPE_PER_CALL = ("dynamic", "longrope")
 
@@ -59,6 +61,11 @@ def token_device(model: LlamaForCausalLM) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def num_caches(model: LlamaForCausalLM) -> int:
+    """How many layers cache keys and values: the model's, and its exit adapter's."""
+    return len(model.model.layers) + sum(isinstance(module, ExitAdapter) for module in model.children())
+
+
 def embed(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
     """x_0 (B, T, D) of the tokens."""
     return model.model.embed_tokens(tokens_BT)
@@ -68,19 +75,24 @@ def run_layers(
     model: LlamaForCausalLM, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore
 ) -> Tensor:
     """Run the given layers over hidden states at the given positions, reading and writing the cache."""
-    if not layers:
-        return hidden_BTD
+    modules = [model.model.layers[layer] for layer in layers]
+    return _run(model, hidden_BTD, modules, positions_BT, cache) if modules else hidden_BTD
+
+
+def _run(
+    model: LlamaForCausalLM, hidden_BTD: Tensor, layers: list[nn.Module], positions_BT: Tensor, cache: KeyValueStore
+) -> Tensor:
     access = cache.access(positions_BT)
     position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
     num_heads = model.config.num_attention_heads
     num_groups = num_heads // (model.config.num_key_value_heads or num_heads)
     shared = SharedInputs.of(position_embeddings, access.mask_B1TW, num_groups)
     for layer in layers:
-        fused = fused_layer(model.model.layers[layer])
+        fused = fused_layer(layer)
         if fused is not None:
             hidden_BTD = fused(hidden_BTD, shared, access)
             continue
-        hidden_BTD = model.model.layers[layer](
+        hidden_BTD = layer(
             hidden_BTD,
             attention_mask=access.mask_B1TW,
             position_ids=positions_BT,
@@ -93,7 +105,11 @@ def run_layers(
 
 def exit_logits(model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
     """Logits (B, T, V) of hidden states that leave any layer: the final norm and the LM head."""
-    normed_BTD = model.model.norm(hidden_BTD)
+    return head_logits(model, model.model.norm(hidden_BTD))
+
+
+def head_logits(model: LlamaForCausalLM, normed_BTD: Tensor) -> Tensor:
+    """Logits (B, T, V) of hidden states behind a norm: the LM head alone."""
     if is_summed(normed_BTD) and type(model.lm_head) is nn.Linear and model.lm_head.bias is None:
         return linear(normed_BTD, model.lm_head.weight)
     return model.lm_head(normed_BTD)
@@ -111,6 +127,17 @@ def forward_remainder(
 ) -> Tensor:
     """Hidden states (B, T, D) after the last layer, going on from the exit states through layers [E, L)."""
     return run_layers(model, exit_states_BTD, layers, positions_BT, cache)
+
+
+def forward_adapter(
+    model: LlamaForCausalLM,
+    adapter: ExitAdapter,
+    exit_states_BTD: Tensor,
+    positions_BT: Tensor,
+    cache: KeyValueStore,
+) -> Tensor:
+    """What the LM head reads of an exit adapter (B, T, D), from the exit states; its keys and values are cached."""
+    return adapter.norm(_run(model, exit_states_BTD, [adapter.layer], positions_BT, cache))
 
 
 def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:

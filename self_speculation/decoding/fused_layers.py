@@ -10,7 +10,7 @@ key-value heads, K head dimension.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -157,8 +157,9 @@ def _attend_by_sums(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
 
 
 def fuse(model: LlamaForCausalLM) -> None:
-    """Fuse every plain layer that is not fused, or whose parameters were moved since."""
-    for layer in model.model.layers:
+    """Fuse every plain layer that is not fused, or whose parameters were moved since; an exit adapter's too."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+    for layer in layers:
         fused = fused_layer(layer)
         if not _is_plain(layer):
             layer.fused = None

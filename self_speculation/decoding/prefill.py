@@ -3,15 +3,20 @@
 Shapes: B batch, T positions of this call.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.early_exit import embed, run_layers
+from self_speculation.decoding.early_exit import forward_adapter, forward_early, forward_remainder
 from self_speculation.decoding.rows import Rows
 
+if TYPE_CHECKING:
+    from self_speculation.decoding.step import StepPlan
 
-def prefill(model: LlamaForCausalLM, rows: Rows, num_layers: int, chunk: int | None = None) -> None:
-    """Cache `tokens[:-1]` of every row in the first `num_layers` layers: over right-padded prompts, without LM head.
+
+def prefill(model: LlamaForCausalLM, rows: Rows, plan: "StepPlan", chunk: int | None = None) -> None:
+    """Cache `tokens[:-1]` of every row in the layers of the plan: over right-padded prompts, without LM head.
 
     In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes.
     """
@@ -21,4 +26,8 @@ def prefill(model: LlamaForCausalLM, rows: Rows, num_layers: int, chunk: int | N
         last = min(first + chunk, longest)
         rows.cache.see(last, is_prefill=first == 0)
         positions_BT = torch.arange(first, last, device=rows.lengths_B.device).expand(len(rows.lengths_B), -1)
-        run_layers(model, embed(model, rows.read(positions_BT)), range(num_layers), positions_BT, rows.cache)
+        exit_states_BTD = forward_early(model, rows.read(positions_BT), plan.exit_layer, positions_BT, rows.cache)
+        if plan.adapter is not None:
+            forward_adapter(model, plan.adapter, exit_states_BTD, positions_BT, rows.cache)
+        remainder = range(plan.exit_layer, plan.num_layers)
+        forward_remainder(model, exit_states_BTD, remainder, positions_BT, rows.cache)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.request import GenerationRequest, GenerationStep, RowStep
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome, speculative_step
@@ -66,7 +67,11 @@ class Session:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[GenerationStep]:
-        """The prefill, a step without tokens, then step by step until every row has ended."""
+        """The prefill, a step without tokens, then step by step until every row has ended.
+
+        Raises:
+            ValueError: a token would be chosen from logits that are not finite.
+        """
         yield self._prefilled()
         while not all(self.ended):
             num_speculations = self._draft_length()
@@ -108,6 +113,8 @@ class Session:
         new, reason = self.request.stop_rule.cut(self.generated[prompt], row.decided[: row.accepted + 1])
         if reason:
             drafted = drafted[: len(new)]
+        if 0 in row.is_finite[: len(new)]:
+            raise overflown(self.step.passes.model)
         self.generated[prompt] += new
         if reason is None and len(new) == room:
             reason = self.request.limit_reason(prompt, self.context)

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.early_exit import exit_logits, forward_early, forward_remainder
+from self_speculation.decoding.early_exit import forward_adapter, forward_early, forward_remainder, head_logits
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import process_logits
 from self_speculation.decoding.verification import Draft, Verdict, VerificationRule
+from self_speculation.exit_adapter import ExitAdapter
 
 
 def speculative_step(passes: "Passes", rows: Rows, num_speculations: int) -> "StepOutcome":
@@ -62,13 +63,14 @@ class StepPlan:
     """How a model is cut for a step: layers [0, E) draft d tokens, layers [E, `num_layers`) verify.
 
     `num_layers` is L, but for early exit without verification (section 4.2), where it is E. `draft_head` is the LM head
-    that drafts; the model's own by default.
+    that drafts; the model's own by default. `adapter` stands between the exit and that head, if there is one.
     """
 
     exit_layer: int
     num_speculations: int
     num_layers: int
     draft_head: DraftHead | None = None
+    adapter: ExitAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class EagerPasses:
         """Layers [0, E) read the token that stands `ahead` (a scalar) places after the pending one; draft the next."""
         position_B1 = rows.positions(1) + ahead
         exit_state_B1D = self._exit_states(rows, position_B1)
-        q_logits_B1V = self._logits(rows, exit_state_B1D, position_B1, self.plan.draft_head)
+        normed_B1D = self._read_by_head(rows, exit_state_B1D, position_B1)
+        q_logits_B1V = self._logits(rows, normed_B1D, position_B1, self.plan.draft_head)
         next_B1 = position_B1 + 1
         token_B1, q_B1V = self.rule.propose(q_logits_B1V, rows.noise(next_B1))
         rows.write(next_B1, token_B1)
@@ -96,17 +99,26 @@ class EagerPasses:
         The last token, drafted or pending, has no exit state yet: layers [0, E) read it first.
         """
         last_state_B1D = self._exit_states(rows, positions_BT[:, -1:])
+        if self.plan.adapter is not None:
+            # Its cache, too, must hold the last token, should all drafts be accepted.
+            self._read_by_head(rows, last_state_B1D, positions_BT[:, -1:])
         exit_states_BTD = torch.cat([*exit_states, last_state_B1D], dim=1)
         layers = range(self.plan.exit_layer, self.plan.num_layers)
         hidden_BTD = forward_remainder(self.model, exit_states_BTD, layers, positions_BT, rows.cache)
-        return self._logits(rows, hidden_BTD, positions_BT)
+        return self._logits(rows, self.model.model.norm(hidden_BTD), positions_BT)
 
     def _exit_states(self, rows: Rows, positions_BT: Tensor) -> Tensor:
         return forward_early(self.model, rows.read(positions_BT), self.plan.exit_layer, positions_BT, rows.cache)
 
-    def _logits(self, rows: Rows, hidden_BTD: Tensor, positions_BT: Tensor, head: DraftHead | None = None) -> Tensor:
+    def _read_by_head(self, rows: Rows, exit_states_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """What the head that drafts reads (B, T, D): the exit states behind the final norm, or behind the adapter."""
+        if self.plan.adapter is None:
+            return self.model.model.norm(exit_states_BTD)
+        return forward_adapter(self.model, self.plan.adapter, exit_states_BTD, positions_BT, rows.cache)
+
+    def _logits(self, rows: Rows, normed_BTD: Tensor, positions_BT: Tensor, head: DraftHead | None = None) -> Tensor:
         """Processed logits (B, T, V) for the tokens that follow the positions, by the LM head or a draft's own."""
-        logits_BTV = exit_logits(self.model, hidden_BTD) if head is None else head.logits(self.model, hidden_BTD)
+        logits_BTV = head_logits(self.model, normed_BTD) if head is None else head.logits(normed_BTD)
         logits_BTV = logits_BTV.to(rows.tokens_BC.device)
         if not self.processors:
             return logits_BTV
@@ -135,11 +147,15 @@ class DraftGiven:
 
 
 class RowOutcome(NamedTuple):
-    """What a step decided for one row: `decided[: accepted + 1]` are its next tokens."""
+    """What a step decided for one row: `decided[: accepted + 1]` are its next tokens.
+
+    `is_finite` has 1 for each token that was decided from finite logits, and 0 for the others.
+    """
 
     accepted: int
     decided: list[int]
     drafted: list[int]
+    is_finite: list[int]
 
 
 class StepOutcome(NamedTuple):
@@ -149,13 +165,14 @@ class StepOutcome(NamedTuple):
 
     @classmethod
     def pack(cls, draft: Draft, verdict: Verdict) -> "StepOutcome":
-        """Accepted count, the d+1 decided tokens, and the d drafted ones, side by side."""
-        return cls(torch.cat([verdict.accepted_B[:, None], verdict.tokens_BT, draft.tokens_Bd], dim=1))
+        """Accepted count, the d+1 decided tokens, whether their logits are finite, and the d drafted ones."""
+        numbers = [verdict.accepted_B[:, None], verdict.tokens_BT, verdict.is_finite_BT, draft.tokens_Bd]
+        return cls(torch.cat(numbers, dim=1))
 
     def unpack(self) -> list[RowOutcome]:
         """The same on the host, row by row."""
-        num_decided = self.packed_BN.shape[1] // 2
+        count = self.packed_BN.shape[1] // 3
         return [
-            RowOutcome(accepted, numbers[:num_decided], numbers[num_decided:])
+            RowOutcome(accepted, numbers[:count], numbers[2 * count :], numbers[count : 2 * count])
             for accepted, *numbers in self.packed_BN.tolist()
         ]

@@ -38,10 +38,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step decided: `tokens_BT[b, :accepted_B[b] + 1]` are row b's accepted tokens and one of the target's."""
+    """What a step decided: `tokens_BT[b, :accepted_B[b] + 1]` are row b's accepted tokens and one of the target's.
+
+    `is_finite_BT` says which positions' logits have a most probable token at all: not where numbers have overflown.
+    """
 
     tokens_BT: Tensor
     accepted_B: Tensor
+    is_finite_BT: Tensor
 
 
 class VerificationRule(Protocol):
@@ -65,7 +69,8 @@ class GreedyRule:
         """Accept while the draft is the target's argmax; the argmax after that is the recovered or bonus token."""
         target_BT = logits_BTV.argmax(-1)
         accepted_B = accepted_prefix(draft.tokens_Bd == target_BT[:, :-1], draft.lengths_B)
-        return Verdict(target_BT, accepted_B)
+        # The most probable logit is NaN where any is.
+        return Verdict(target_BT, accepted_B, _at_tokens(logits_BTV, target_BT).isfinite())
 
 
 class SamplingRule:
@@ -89,7 +94,9 @@ class SamplingRule:
         last_B1 = accepted_B[:, None]
         recovered_B1V = recovered_distribution(_at_position(p_BTV, last_B1), _at_position(q_BTV, last_B1))
         recovered_B1 = draw(recovered_B1V, noise_BTS[..., RECOVER_STREAM].gather(1, last_B1))
-        return Verdict(F.pad(draft.tokens_Bd, (0, 1)).scatter(1, last_B1, recovered_B1), accepted_B)
+        tokens_BT = F.pad(draft.tokens_Bd, (0, 1)).scatter(1, last_B1, recovered_B1)
+        # A softmax is NaN throughout where any logit is NaN or infinite.
+        return Verdict(tokens_BT, accepted_B, p_BTV[..., 0].isfinite())
 
 
 def accepted_prefix(accepts_Bd: Tensor, lengths_B: Tensor) -> Tensor:

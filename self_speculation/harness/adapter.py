@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -45,11 +45,13 @@ from self_speculation.harness.model_args import read_model_args, take
 from self_speculation.harness.processes import num_processes, process_device
 from self_speculation.harness.scored_requests import Request, batches, share_texts
 from self_speculation.harness.speed_figures import SpeedFigures
-from self_speculation.loading import ModelArguments, load, read_recommendation
+from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.log_levels import logging_at
 from self_speculation.measuring.rivals import RIVALS
+from self_speculation.rendezvous import all_present
 from self_speculation.strategies import fill_in, make_strategy
 
+NO_OTHERS: Mapping[str, Any] = {}
 # Generation arguments of a task that we have no use for, with the only value of each that changes nothing.
 NEUTRAL_ARGUMENTS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
 
@@ -69,6 +71,10 @@ class LayerSkipLM(HFLM):
         with logging_at(logging.ERROR, HFLM.__module__):
             super().__init__(pretrained, tokenizer=tokenizer, **options)
         self.pretrained = pretrained.name_or_path
+        if self.prefix_token_id is None:
+            raise ValueError(
+                f"--model {self.pretrained}: its tokenizer has neither a first nor a last token, and scores need one."
+            )
         if config.exit_layer is not None:
             check_exit_layer(config.exit_layer, pretrained)
         strategy = make_strategy(pretrained, config, RIVALS)
@@ -88,20 +94,33 @@ class LayerSkipLM(HFLM):
         return self.generation.max_new_tokens
 
     @classmethod
-    def load(cls, model_arguments: ModelArguments, config: GenerationConfig, **options: Any) -> "LayerSkipLM":
-        """The model on this process's device; what `config` leaves open is as the checkpoint recommends."""
-        model, tokenizer = load(replace(model_arguments, device=process_device(model_arguments.device)))
-        advice = read_recommendation(model_arguments.model, model.config.num_hidden_layers)
+    def load(
+        cls,
+        model_arguments: ModelArguments,
+        config: GenerationConfig,
+        loading: Mapping[str, Any] = NO_OTHERS,
+        **options: Any,
+    ) -> "LayerSkipLM":
+        """The model on this process's device; what `config` leaves open is as the checkpoint recommends.
+
+        `loading` has arguments of `from_pretrained` beside those of `model_arguments`, `options` lm-eval's own.
+        """
+        device = process_device(model_arguments.device)
+        model, tokenizer = load(replace(model_arguments, device=device), **loading)
+        advice = advice_for(model)
         return cls(model, tokenizer, fill_in(config, advice, RIVALS), **options)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "LayerSkipLM":
-        """Load what lm-eval's `--model_args` name: a model, the fields of `GenerationConfig`, options of lm-eval."""
+        """Load what lm-eval's `--model_args` name.
+
+        That is a model, arguments of `from_pretrained`, the fields of `GenerationConfig`, options of lm-eval.
+        """
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        model_arguments, config, options = read_model_args(arg_dict | given)
-        return cls.load(model_arguments, config, **options)
+        args = read_model_args(arg_dict | given)
+        return cls.load(args.model, args.generation, args.loading, **args.options)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "LayerSkipLM":
@@ -257,7 +276,8 @@ def _timed(
 def main() -> None:
     """lm-eval's own command line, which knows `--model layerskip` by this module's import."""
     try:
-        cli_evaluate()
+        with all_present():
+            cli_evaluate()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.harness.model_args import DEFAULT_MAX_STEPS
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS
 from self_speculation.settings import Settings, setting
 
 VERBOSITIES = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
@@ -21,13 +22,21 @@ class EvalArguments(Settings):
         default_factory=lambda: os.environ.get("LAYERSKIP_DATA"),
         help="Folder that the local_… tasks read. Default: the one that LAYERSKIP_DATA names.",
     )
-    include_path: list[str] = setting(default_factory=list, help="Folders with task files of your own.")
+    include_path: list[str] = setting(
+        default_factory=list, help="Folders with task files of your own; Python that they name by !function runs."
+    )
     num_fewshot: int | None = setting(None, help="Solved examples in a prompt; the task's own.", at_least=0)
     batch_size: str = setting("1", help="Requests decoded or scored together, or auto.")
     max_batch_size: int = setting(64, help="Most that --batch_size auto tries.")
     measure_speedup: bool = setting(False, help="Decode every answer autoregressively too, and report the speed-up.")
-    use_cache: str | None = setting(None, help="Files that keep the answers: a run that was stopped goes on from them.")
-    cache_requests: bool = setting(False, help="Keep the prompts in --output_dir/requests.")
+    use_cache: str | None = setting(
+        None,
+        help="Files that keep the answers: a run that was stopped goes on from them. A name without a folder lies in "
+        "--output_dir/answers. They are unpickled: name none that you do not trust.",
+    )
+    cache_requests: bool = setting(
+        False, help="Keep the prompts in --output_dir/requests, pickled, in folders that are yours alone."
+    )
     rewrite_requests_cache: bool = setting(False, help="Build the kept prompts anew.")
     delete_requests_cache: bool = setting(False, help="Delete the kept prompts.")
     limit: float | None = setting(None, help="Documents of each task: their number, or their share below 1.")
@@ -43,7 +52,15 @@ class EvalArguments(Settings):
     )
     verbosity: str = setting("INFO", help="What lm-eval logs: DEBUG, INFO, WARNING, ERROR.")
     predict_only: bool = setting(False, help="Write answers, compute no metrics.")
-    confirm_run_unsafe_code: bool = setting(False, help="Let tasks run the code that is generated.")
+    confirm_run_unsafe_code: bool = setting(
+        False,
+        help="Let tasks run the code that is generated: local_humaneval in the sandbox of benchmark.py's "
+        "--execute_code, lm-eval's own tasks without one.",
+    )
+    execute_code_unsafely: bool = setting(
+        False, help="Where there is no sandbox, let local_humaneval run it with your rights all the same."
+    )
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
     random_seed: int = setting(0, help="Seed of Python's random numbers.")
     numpy_random_seed: int = setting(1234, help="Seed of NumPy's random numbers.")
     torch_random_seed: int = setting(1234, help="Seed of torch's random numbers.")
@@ -63,6 +80,8 @@ class EvalArguments(Settings):
         for folder in self.include_path:
             if not Path(folder).is_dir():
                 raise ValueError(f"--include_path: {folder} is not a folder.")
+        if self.execute_code_unsafely and not self.confirm_run_unsafe_code:
+            raise ValueError("--execute_code_unsafely needs --confirm_run_unsafe_code True.")
         if self.predict_only:
             self.log_samples = True
 
@@ -73,6 +92,7 @@ class EvalArguments(Settings):
     def harness_options(self) -> dict[str, Any]:
         """What lm-eval's `simple_evaluate` takes by the same name."""
         own = {"tasks", "data_dir", "include_path", "measure_speedup", "max_batch_size", "verbosity", "check_integrity"}
+        own |= {"execute_code_unsafely", "rendezvous_timeout"}
         return {name: value for name, value in vars(self).items() if name not in own}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.early_exit import exit_logits, forward_exits, token_device
+from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.fused_layers import fuse
 
 # The most logits alive at once.
@@ -50,6 +51,9 @@ def score_continuations(
 
     `dtype` is what the softmax is computed in; the model's own by default. `chunk_logits` is how many logits are alive
     at once.
+
+    Raises:
+        ValueError: logits are not finite.
     """
     fuse(model)
     device = token_device(model)
@@ -66,6 +70,8 @@ def score_continuations(
         chunks = zip(hidden_BTD[row_N, position_N].split(chunk), target_N.split(chunk), strict=True)
         token_scores_2N = torch.cat([_token_scores(model, *own, dtype) for own in chunks], dim=1)
         sums_2S = torch.zeros(2, num_continuations, dtype=torch.double).index_add_(1, owner_N, token_scores_2N)
+        if sums_2S.isnan().any():
+            raise overflown(model)
         scores.append([Score(total, misses == 0) for total, misses in sums_2S.T.tolist()])
     return scores
 

@@ -1,10 +1,11 @@
 """lm-eval's `--model_args`: which model, how it generates, and what lm-eval's own Hugging Face model takes."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments
+from self_speculation.pretrained import SHARED_OPTIONS
 from self_speculation.settings import flag_of
 
 # What `HFLM` takes that still has a meaning for a model that is loaded already.
@@ -22,11 +23,35 @@ HARNESS_OPTIONS = {
 }
 # lm-eval's own, for tasks that do not say.
 DEFAULT_MAX_STEPS = 256
-LOADING_OPTIONS = {"device_map", "revision"}
+# Arguments of from_pretrained that are the weights' alone, beside those that say which files are read.
+WEIGHT_OPTIONS = {
+    "attn_implementation",
+    "device_map",
+    "key_mapping",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "offload_state_dict",
+    "quantization_config",
+    "tp_plan",
+    "use_safetensors",
+    "variant",
+}
 
 
-def read_model_args(given: dict[str, Any]) -> tuple[ModelArguments, GenerationConfig, dict[str, Any]]:
-    """The model to load, the configuration of its answers (by its fields or flags), and options for `HFLM`.
+@dataclass(frozen=True)
+class ModelArgs:
+    """The model to load, arguments of `from_pretrained`, how answers are generated, and options for `HFLM`."""
+
+    model: ModelArguments
+    loading: dict[str, Any]
+    generation: GenerationConfig
+    options: dict[str, Any]
+
+
+def read_model_args(given: dict[str, Any]) -> ModelArgs:
+    """What each argument is for; those of generation are named by `GenerationConfig`'s fields or flags.
 
     Raises:
         ValueError: there is no such argument, or not with this value.
@@ -34,18 +59,19 @@ def read_model_args(given: dict[str, Any]) -> tuple[ModelArguments, GenerationCo
     options = dict(given)
     device = options.pop("device", None)
     # lm-eval's default, also where there is no such device.
-    loading = take(options, {"dtype"}) | {"device": None if device == "cuda:0" else device}
+    model = take(options, {"dtype"}) | {"device": None if device == "cuda:0" else device}
     if "pretrained" in options:
-        loading["model"] = options.pop("pretrained")
-    loading["model_args"] = ",".join(f"{key}={value}" for key, value in take(options, LOADING_OPTIONS).items())
-    model_arguments = ModelArguments(**loading)
+        model["model"] = options.pop("pretrained")
+    if options.get("token"):
+        raise ValueError("--model_args: lm-eval would write the token into its results; set HF_TOKEN instead.")
+    loading = take(options, SHARED_OPTIONS | WEIGHT_OPTIONS)
     own = {name: item.name for item in fields(GenerationConfig) for name in (item.name, flag_of(item))}
     generation = {own[name]: value for name, value in take(options, set(own)).items()}
     config = GenerationConfig(**({"max_new_tokens": DEFAULT_MAX_STEPS} | generation))
     unknown = options.keys() - HARNESS_OPTIONS
     if unknown:
         raise ValueError(f"--model_args: layerskip has no argument {', '.join(sorted(unknown))}.")
-    return model_arguments, config, options
+    return ModelArgs(ModelArguments(**model), loading, config, options)
 
 
 def take(given: dict[str, Any], names: set[str]) -> dict[str, Any]:

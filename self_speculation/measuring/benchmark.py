@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
 from self_speculation.measuring.cell import Cell
-from self_speculation.measuring.code_execution import completion, network_isolation, pass_at_1, program
+from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
+from self_speculation.measuring.isolation import Isolation
+from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.passes import TimePasses, Timing, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
@@ -87,8 +89,13 @@ class Benchmark:
                 rounds[name][-1].measurements.append(Measurement(**values))
         return rounds
 
-    def results(self, ceiling: Ceiling, scorers: list[Scorer]) -> dict[str, StrategyFigures]:
-        """Every strategy's figures; the scorers see the answers of the first round."""
+    def results(
+        self, ceiling: Ceiling, scorers: list[Scorer], judge: Judge | None = None
+    ) -> dict[str, StrategyFigures]:
+        """Every strategy's figures; the scorers, and the judge if there is one, see the answers of the first round.
+
+        A strategy that uses a part of the layers is not the full model, and not judged.
+        """
         rounds, peaks = self.rounds(), self.peak_bytes()
         ideals = {"self_speculative": self.ideal_speedup(rounds)}
         baseline = next((name for name in BASELINES if name in rounds), next(iter(rounds)))
@@ -96,6 +103,9 @@ class Benchmark:
         for name, own in rounds.items():
             contestant = self.contestants[name]
             texts = [m.text for m in own[0].measurements]
+            scores = {key: value for score in scorers for key, value in score(texts, self.examples).items()}
+            if judge is not None and contestant.num_layers == self.model.config.num_hidden_layers:
+                scores |= self._judged(judge, own[0])
             figures[name] = StrategyFigures(
                 comparison=Comparison.of(own, rounds[baseline]),
                 speedup_over=baseline,
@@ -104,16 +114,18 @@ class Benchmark:
                 peak_memory_bytes=peaks[name],
                 bandwidth_share=ceiling.share(own, contestant),
                 ideal_decode_speedup=ideals.get(name),
-                scores={key: value for score in scorers for key, value in score(texts, self.examples).items()},
+                scores=scores,
             )
         return figures
 
-    def document(self, ceiling: Ceiling, figures: dict[str, StrategyFigures]) -> dict[str, Any]:
-        """All figures, and what they depend on."""
+    def document(
+        self, ceiling: Ceiling, figures: dict[str, StrategyFigures], isolation: Isolation | None = None
+    ) -> dict[str, Any]:
+        """All figures, and what they depend on; `isolation` is that of the programs that were run."""
         found = surroundings(self.model.device)
         found |= {"dtype": str(self.model.dtype), "ranks": self.ranks.num_processes}
-        if any("pass_at_1" in own.scores for own in figures.values()):
-            found["programs_are_kept_from_the_network_by"] = str(network_isolation())
+        if isolation is not None:
+            found["programs_are_kept_from_the_network_by"] = str(isolation)
         strategies = {name: own.as_json() for name, own in figures.items()}
         return {"surroundings": found, "ceiling": ceiling.as_json(), "strategies": strategies}
 
@@ -138,6 +150,23 @@ class Benchmark:
         request = contestant.generator.request(prompts, contestant.config)
         costs = self.pass_costs(self.model, request, [cell, Cell(num_layers, 0)], PASS_TIMING)
         return ideal_speedup(rounds["self_speculative"][0], plain, costs, cell, num_layers) or None
+
+    def judge(self) -> Judge | None:
+        """Who judges the answers; None for sampled ones. All strategies are asked for the same but how."""
+        contestant = next(iter(self.contestants.values()))
+        if contestant.config.sample:
+            return None
+        return Judge(self.model, contestant.generator.request([], contestant.config))
+
+    def _judged(self, judge: Judge, one: Round) -> dict[str, float]:
+        """How many tokens of a round are the full model's greedy ones, up to rounding, and how many are not."""
+        pairs = zip(self.prompts, one.measurements, strict=True)
+        judgements = [judge.judge(prompt, measurement.tokens) for prompt, measurement in pairs]
+        return {
+            "tokens_judged": sum(judgement.num_tokens for judgement in judgements),
+            "tokens_within_rounding": sum(len(judgement.ties) for judgement in judgements),
+            "wrong": sum(len(judgement.failures) for judgement in judgements),
+        }
 
     def _todo(self, repeats: int) -> list[tuple[int, range]]:
         """This rank's share of the rounds' batches that are not whole in the log, which all ranks have read."""
@@ -193,10 +222,10 @@ def score_text(answers: list[str], examples: list[Example]) -> dict[str, float]:
     return text_scores(answers, [example.response for example in examples])
 
 
-def score_code(answers: list[str], examples: list[Example]) -> dict[str, float]:
-    """pass@1 of answers to HumanEval's tasks, which are run."""
+def score_code(answers: list[str], examples: list[Example], isolation: Isolation | None = None) -> dict[str, float]:
+    """pass@1 of answers to HumanEval's tasks, which are run; by default in the best isolation that there is."""
     sources = [program(example.row, completion(text)) for example, text in zip(examples, answers, strict=True)]
-    outcomes = pass_at_1(sources)
+    outcomes = pass_at_1(sources, Sandbox(isolation=isolation))
     return {"pass_at_1": sum(outcome.passed for outcome in outcomes) / len(outcomes)}
 
 

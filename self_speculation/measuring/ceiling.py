@@ -2,13 +2,15 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
+from self_speculation.exit_adapter import ExitAdapter
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import Contestant
@@ -24,12 +26,16 @@ class WeightBytes:
     layers: list[int]
     head: int
     vocabulary: int
+    # By the exit that has an adapter.
+    adapters: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: LlamaForCausalLM) -> "WeightBytes":
-        """The layers, and the final norm with the LM head."""
-        layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in model.model.layers]
-        return cls(layers, model.model.norm.weight.nbytes + model.lm_head.weight.nbytes, model.config.vocab_size)
+        """The layers, the final norm with the LM head, and an exit adapter."""
+        layers = [_num_bytes(layer) for layer in model.model.layers]
+        adapters = {one.exit_layer: _num_bytes(one) for one in model.children() if isinstance(one, ExitAdapter)}
+        head = model.model.norm.weight.nbytes + model.lm_head.weight.nbytes
+        return cls(layers, head, model.config.vocab_size, adapters)
 
     @property
     def all(self) -> int:
@@ -39,11 +45,16 @@ class WeightBytes:
     def read(self, batch: Batch, config: GenerationConfig, num_layers: int) -> int:
         """Bytes read after the first delivery, for all rows at once, where `num_layers` choose the tokens.
 
-        A draft reads layers [0, E) and the head, or as much of it as `draft_vocab` leaves; a step all that choose.
+        A draft reads layers [0, E), the exit adapter there, and the head, or as much of it as `draft_vocab` leaves; a
+        step all that choose.
         """
         head = self.head if config.draft_vocab is None else config.draft_vocab * self.head // self.vocabulary
-        draft = sum(self.layers[: config.exit_layer]) + head
+        draft = sum(self.layers[: config.exit_layer]) + self.adapters.get(config.exit_layer or 0, 0) + head
         return batch.drafting_passes * draft + batch.steps * (sum(self.layers[:num_layers]) + self.head)
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
 
 
 @dataclass(frozen=True)

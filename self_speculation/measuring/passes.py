@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from self_speculation.decoding.compilation import Function, compiled, compiling
 from self_speculation.decoding.session import Session
 from self_speculation.decoding.step import DraftGiven, EagerPasses, speculative_step
+from self_speculation.exit_adapter import exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, synchronize
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.pass_costs import PassCosts
@@ -98,7 +99,8 @@ def _passes(session: Session, cells: Sequence[Cell], config: GenerationConfig) -
     timed: Runs = {}
     for cell in cells:
         exit_layer, num_speculations = cell
-        passes = dataclasses.replace(own, plan=dataclasses.replace(own.plan, exit_layer=exit_layer))
+        plan = dataclasses.replace(own.plan, exit_layer=exit_layer, adapter=exit_adapter(own.model, exit_layer))
+        passes = dataclasses.replace(own, plan=plan)
         ahead = torch.arange(num_speculations, device=rows.lengths_B.device).unbind()
         drafted = [passes.draft(rows, place) for place in ahead]
         if num_speculations:

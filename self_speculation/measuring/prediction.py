@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.early_exit import exit_logits, forward_exits
+from self_speculation.decoding.cache import Uncached
+from self_speculation.decoding.early_exit import forward_adapter, forward_exits, head_logits
 from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.sampling import probabilities, process_logits, warpers
+from self_speculation.exit_adapter import exit_adapter
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -81,10 +83,13 @@ def acceptance_chances(
     first = len(request.prompts[0]) - 1
     positions_1N = torch.arange(first, first + len(tokens), device=model.device)[None]
     depths = range(1, model.config.num_hidden_layers + 1)
-    states = [state_1TD[:, first:-1] for state_1TD in forward_exits(model, tokens_1T, depths)]
+    states = [
+        _read_by_head(model, depth, state_1TD)[:, first:-1]
+        for depth, state_1TD in zip(depths, forward_exits(model, tokens_1T, depths), strict=True)
+    ]
 
     def logits(depth: int) -> Tensor:
-        logits_1NV = exit_logits(model, states[depth - 1])
+        logits_1NV = head_logits(model, states[depth - 1])
         processors = request.all_processors()
         return process_logits(logits_1NV, processors, tokens_1T, positions_1N) if processors else logits_1NV
 
@@ -95,6 +100,15 @@ def acceptance_chances(
     p_1NV = probabilities(logits(len(states)), filters)
     overlaps = [torch.minimum(p_1NV, probabilities(logits(layer), filters)).sum(-1) for layer in exit_layers]
     return torch.cat(overlaps).double().cpu().numpy()
+
+
+def _read_by_head(model: LlamaForCausalLM, exit_layer: int, states_1TD: Tensor) -> Tensor:
+    """What the LM head reads of an exit's states (1, T, D): behind the exit adapter there, or behind the final norm."""
+    adapter = exit_adapter(model, exit_layer)
+    if adapter is None:
+        return model.model.norm(states_1TD)
+    positions_1T = torch.arange(states_1TD.shape[1], device=states_1TD.device)[None]
+    return forward_adapter(model, adapter, states_1TD, positions_1T, Uncached())
 
 
 def predict(profiles: list[Profile], cells: Sequence[Cell], costs: PassCosts) -> list[Prediction]:

@@ -16,10 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    CompileConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
+from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.generation_defaults import ignore_defaults
 from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -29,6 +38,9 @@ from self_speculation.generator_base import (
     RowStep,
     check_exit_layer,
 )
+
+# What torch says on CPUs where the logits that it is to sample from are not finite.
+NO_PROBABILITIES = "probability tensor contains"
 
 # Seconds since some moment.
 Clock = Callable[[], float]
@@ -84,7 +96,12 @@ class HuggingfaceStrategy(GenerationStrategy):
         length = prompts_BT.shape[1]
         watcher = self.watcher(length)
         stop_words = StoppingCriteriaList([StopWords(stop_rule, length)] if stop_rule.stop_words else [])
-        with _seed(config, device), _generation_config(self.model, config), watcher.watching(self.model):
+        with (
+            _seed(config, device),
+            _generation_config(self.model, config),
+            watcher.watching(self.model),
+            _sampling_errors(self.model),
+        ):
             self.model.generate(  # type: ignore[misc]  # Llama can generate: transformers' protocol asks for too much.
                 prompts_BT.to(device),
                 attention_mask=mask_BT.to(device),
@@ -92,12 +109,14 @@ class HuggingfaceStrategy(GenerationStrategy):
                 eos_token_id=end_ids,
                 pad_token_id=pad_id,
                 no_repeat_ngram_size=config.no_repeat_ngram_size,
-                logits_processor=copy.copy(request.logits_processors),
+                logits_processor=LogitsProcessorList([*request.logits_processors, *watcher.processors()]),
                 stopping_criteria=stop_words,
                 streamer=watcher,
                 **_sampling_options(config),
                 **self.options(config),
             )
+        if not watcher.last_logits.amax(-1).isfinite().all():
+            raise overflown(self.model)
         return watcher.deliveries()
 
 
@@ -198,7 +217,7 @@ class Delivery:
 
 
 class DeliveryWatcher(BaseStreamer):
-    """Notes when tokens are delivered."""
+    """Notes when tokens are delivered, and the logits of the last ones: NaN in a layer is NaN from there on."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -212,6 +231,10 @@ class DeliveryWatcher(BaseStreamer):
         self.times.append(self.clock())
         yield
         self.times[-1] = self.clock()
+
+    def processors(self) -> list[LogitsProcessor]:
+        """What `generate` hands logits to."""
+        return [_Onlooker(self)]
 
     def put(self, value: Tensor) -> None:
         """Tokens on the host, of one row (T) or one of each (B). The first call hands over the prompt."""
@@ -248,12 +271,20 @@ class DraftWatcher(DeliveryWatcher):
     @contextmanager
     def watching(self, model: LlamaForCausalLM) -> Iterator[None]:
         """See the model's calls too."""
-        handle = model.register_forward_pre_hook(self._note_input, with_kwargs=True)
+        handles = [
+            model.register_forward_pre_hook(self._note_input, with_kwargs=True),
+            model.register_forward_hook(self._note_output),
+        ]
         try:
             with super().watching(model):
                 yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def processors(self) -> list[LogitsProcessor]:
+        """None: transformers would go through the drafts one by one for it."""
+        return []
 
     def put(self, value: Tensor) -> None:
         """Likewise."""
@@ -268,6 +299,21 @@ class DraftWatcher(DeliveryWatcher):
 
     def _note_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.last_input_1T = kwargs["input_ids"]
+
+    def _note_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.last_logits = output.logits
+
+
+class _Onlooker(LogitsProcessor):
+    """Changes nothing; keeps the logits for a watcher."""
+
+    def __init__(self, watcher: DeliveryWatcher) -> None:
+        self.watcher = watcher
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The same scores."""
+        self.watcher.last_logits = scores
+        return scores
 
 
 class StopWords(StoppingCriteria):
@@ -312,10 +358,25 @@ def _is_on_gpu(model: LlamaForCausalLM) -> bool:
 
 
 @contextmanager
+def _sampling_errors(model: LlamaForCausalLM) -> Iterator[None]:
+    """One sentence for logits that are not finite."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NO_PROBABILITIES not in str(error):
+            raise
+        raise overflown(model) from error
+
+
+@contextmanager
 def _generation_config(model: LlamaForCausalLM, config: GenerationConfig) -> Iterator[None]:
-    """The model's generation config with a constant draft length, whatever the draft's confidence; put back after."""
+    """The model's generation config with a constant draft length, whatever the draft's confidence; put back after.
+
+    What it says about logits comes with the request.
+    """
     own, num_layers = model.generation_config, model.config.num_hidden_layers
     model.generation_config = copy.copy(own)
+    ignore_defaults(model.generation_config)
     model.generation_config.num_assistant_tokens = config.num_speculations
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0.0

@@ -17,7 +17,7 @@ from self_speculation.writing import naming
 Parsed = TypeVar("Parsed")
 
 # Arguments that may differ between a run and its resumption.
-FREE_ARGUMENTS = ("resume", "verbose", "output_dir")
+FREE_ARGUMENTS = ("resume", "verbose", "output_dir", "rendezvous_timeout")
 
 # What a run writes after its name, and the number of a run that was set aside.
 FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.(json|jsonl|csv|md|png|pdf)"
@@ -93,15 +93,16 @@ class RunLog:
         Raises:
             ValueError: a line is not a JSON object, or not one that the function understands.
         """
-        parsed = []
-        for number, content in enumerate(self.log.read_bytes().splitlines(), start=1):
-            try:
-                parsed.append(parse(_json_object(content)))
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-                raise ValueError(
-                    f"{self.log}:{number} is damaged; delete that line, and --resume True does its work again."
-                ) from error
-        return parsed
+        contents = enumerate(self.log.read_bytes().splitlines(), start=1)
+        return [self._parsed(number, content, parse) for number, content in contents]
+
+    def _parsed(self, number: int, content: bytes, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+        try:
+            return parse(_json_object(content))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{self.log}:{number} is damaged; delete that line, and --resume True does its work again."
+            ) from error
 
     def _check_same(self, arguments: dict[str, Any]) -> None:
         if not (self.document.is_file() and self.log.is_file()):
@@ -123,11 +124,16 @@ class RunLog:
     def _drop_torn_lines(self) -> None:
         """Take out the beginnings of lines that a kill or a full disk left without their ends.
 
-        The last line may be one; further up, another process has gone on behind it.
+        The last line may be one; further up, another process has gone on behind it. A file with other damage is left
+        as it is.
         """
         content = self.log.read_bytes()
         *lines, end = content.split(b"\n")
-        whole = [line for line in lines if not _is_torn(line)]
+        whole = []
+        for number, line in enumerate(lines, start=1):
+            if not _is_torn(line):
+                self._parsed(number, line, lambda values: values)
+                whole.append(line)
         if end or len(whole) < len(lines):
             unfinished = self.log.with_suffix(".jsonl.incomplete")
             with naming(self.log):

@@ -126,4 +126,6 @@ TEXT_COLUMNS: dict[str, Column] = {
     "exact\nmatch": _score("exact_match", "{:.1%}"),
     "edit\ndistance": _score("edit_distance", "{:.1f}"),
     "pass@1": _score("pass_at_1", "{:.1%}"),
+    "within\nrounding": _score("tokens_within_rounding", "{:.0f}"),
+    "wrong\ntokens": _score("wrong", "{:.0f}"),
 }

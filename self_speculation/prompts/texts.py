@@ -7,6 +7,7 @@ from typing import Any
 
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.readers import Row, parquet_rows, read_json_lines, text_field
+from self_speculation.settings import regular_file
 
 
 def read_texts(arguments: TextArguments) -> dict[str, str]:
@@ -16,8 +17,9 @@ def read_texts(arguments: TextArguments) -> dict[str, str]:
     for root in map(Path, arguments.data_path):
         if not root.exists():
             raise ValueError(f"--data_path: {root} does not exist.")
-        for path in [root] if root.is_file() else sorted(root.rglob(arguments.file_pattern)):
-            if path.is_file() and not set(path.relative_to(root).parts) & set(arguments.exclude):
+        is_folder = root.is_dir()
+        for path in sorted(root.rglob(arguments.file_pattern)) if is_folder else [regular_file("data_path", root)]:
+            if (path.is_file() or not is_folder) and not set(path.relative_to(root).parts) & set(arguments.exclude):
                 name = str(path.relative_to(root.parent))
                 texts |= _file_texts(path, str(path) if name in names else name, arguments.text_field)
                 names.add(name)

@@ -56,6 +56,11 @@ class LayerSkipArguments(Settings):
         0, at_least=0, help="Rank of LoRA adapters of the layers' matrices, trained in place of all weights; 0: none."
     )
     lora_alpha: float = setting(16.0, help="An adapter's matrices are multiplied by alpha / rank.")
+    train_exit_adapter: int | None = setting(
+        None,
+        at_least=1,
+        help="E: leave the model as it is, and train one more layer and a norm that draft behind its first E layers.",
+    )
     muon: bool = setting(default=False, help="Optimise the layers' matrices with Muon, and the rest with AdamW.")
     compile_layers: bool = setting(default=False, help="Compile each decoder layer with torch.compile.")
 
@@ -71,11 +76,19 @@ class LayerSkipArguments(Settings):
         super().__post_init__()
         if self.lora_rank and self.muon:
             raise ValueError("--muon is for whole matrices, and does not go with --lora_rank.")
+        if self.lora_rank and self.train_exit_adapter:
+            raise ValueError("--lora_rank changes the model, and does not go with --train_exit_adapter.")
+        if self.anchor_weight and self.train_exit_adapter:
+            raise ValueError("--anchor_weight is for a model that changes, and does not go with --train_exit_adapter.")
 
     def dropout_rates(self, num_layers: int, num_steps: int) -> DropoutRates:
-        """p_{l,t} (4.1.1), for a model of `num_layers` layers that is trained for `num_steps` steps."""
+        """p_{l,t} (4.1.1), for a model of `num_layers` layers that is trained for `num_steps` steps.
+
+        None where an exit adapter is trained: the model that teaches it is whole.
+        """
+        p_max = self.p_max if self.train_exit_adapter is None else 0.0
         return DropoutRates(
-            self.p_max, num_layers, num_steps, schedule=self.layer_dropout_schedule, depth=self.layer_dropout_depth
+            p_max, num_layers, num_steps, schedule=self.layer_dropout_schedule, depth=self.layer_dropout_depth
         )
 
     def exit_schedule(self, num_layers: int, num_steps: int) -> ExitSchedule:
@@ -94,6 +107,8 @@ class LayerSkipArguments(Settings):
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         """The exit layers to train, in order, for a model of `num_layers` layers."""
+        if self.train_exit_adapter is not None:
+            return (self.train_exit_adapter, num_layers)
         wrong = [exit_layer for exit_layer in self.exit_layers if not 1 <= exit_layer <= num_layers]
         if wrong:
             raise ValueError(f"--exit_layers must lie between 1 and {num_layers}, not {wrong[0]}.")

@@ -14,6 +14,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from self_speculation.pretrained import is_finite
+from self_speculation.training.exit_adapter_loss import adapter_of
 from self_speculation.training.lora import adapter_tensors, merged, save_adapter
 from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
 from self_speculation.training.whole_files import whole_files
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 INCOMPLETE_FOLDER = "incomplete-checkpoint"
+LOWER = "a lower rate may train, unless numbers overflow in --model's own weights"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -140,15 +143,39 @@ class WholeCheckpointTrainer(Trainer):
         """The weights that a checkpoint has, by their names there."""
         return self.llama.state_dict() if self.adapted is None else adapter_tensors(self.adapted)
 
+    @property
+    def diverged(self) -> str:
+        """How a sentence begins that says so."""
+        return f"--learning_rate {self.args.learning_rate}"
+
+    def check_finite(self) -> None:
+        """Refuse to write weights that are of no use.
+
+        Raises:
+            ValueError: names one.
+        """
+        for name, parameter in self.llama.named_parameters():
+            if not is_finite(parameter):
+                step = self.state.global_step
+                raise ValueError(f"{self.diverged}: after step {step} {name} is NaN or infinite; {LOWER}.")
+
     def save_trained(self) -> None:
         """Write the model in bfloat16 into `--output_dir`; called by all processes, of which the first writes.
 
-        With LoRA it is the merged one, and the adapter is written beside it.
+        With LoRA it is the merged one, and the adapter is written beside it. Where an exit adapter was trained, that
+        alone is written, with the name of its model.
+
+        Raises:
+            ValueError: a weight is not finite.
         """
+        self.check_finite()
         if self.adapted is not None and self.is_world_process_zero():
             save_adapter(self.adapted, output_dir_of(self.args))
-        model = self.whole_model()
-        if model is not None:
+        model, exit_adapter = self.whole_model(), adapter_of(self.llama)
+        if model is not None and exit_adapter is not None:
+            with whole_files(output_dir_of(self.args)) as folder:
+                exit_adapter.save(folder, model.name_or_path or "")
+        elif model is not None:
             model.config.use_cache = True  # The Trainer turns it off.
             model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` takes it for a function.
             with whole_files(output_dir_of(self.args)) as folder:
@@ -186,6 +213,7 @@ class WholeCheckpointTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside the others and rename it, so that a kill leaves no half of one."""
+        self.check_finite()
         self.is_saving = True
         try:
             super()._save_checkpoint(model, trial)

@@ -42,6 +42,8 @@ def check_numbers(training: TrainingArguments) -> None:
     for name, least in LEAST.items():
         if getattr(training, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(training, name)}.")
+    if training.lr_scheduler_kwargs and not isinstance(training.lr_scheduler_kwargs, dict):
+        raise ValueError(f"--lr_scheduler_kwargs must be a JSON object, not {training.lr_scheduler_kwargs!r}.")
     for name in BELOW_ONE:
         if getattr(training, name) >= 1:
             raise ValueError(f"--{name} must be less than 1, not {getattr(training, name)}.")

@@ -142,10 +142,7 @@ class _Chunk:
     def add(self, number: int, normed_CD: Tensor, into_CD: Tensor) -> Tensor:
         """The weighted loss of an exit; the gradient of its normed states is put where it belongs."""
         weight, log_q_CV = self.sums.weights[number], self.head.log_q(normed_CD)
-        if self.sums.taught and self.p_CV is not None:
-            loss, gradient_CV = self.sums.taught(log_q_CV, self.p_CV)
-        else:
-            loss, gradient_CV = cross_entropy(log_q_CV, self.labels_C)
+        loss, gradient_CV = self._learn(log_q_CV)
         loss = weight * loss
         if self.sums.anchor and self.log_r_CV is not None:
             drift, own_CV = divergence(log_q_CV, self.log_r_CV)
@@ -155,5 +152,12 @@ class _Chunk:
             weight = 1.0
         if self.sums.taught and self.p_CV is None:
             self.p_CV = log_q_CV.exp_()
-        into_CD.copy_(self.head.back(weight, gradient_CV, normed_CD))
+        if weight:
+            into_CD.copy_(self.head.back(weight, gradient_CV, normed_CD))
         return loss
+
+    def _learn(self, log_q_CV: Tensor) -> tuple[Tensor, Tensor]:
+        """The unweighted loss, by the first exit's distribution where it teaches, and its gradient."""
+        if self.sums.taught and self.p_CV is not None:
+            return self.sums.taught(log_q_CV, self.p_CV)
+        return cross_entropy(log_q_CV, self.labels_C)

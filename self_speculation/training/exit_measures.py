@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import EvalPrediction, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from self_speculation.exit_adapter import exit_norm
 from self_speculation.training.early_exit_loss import CHUNK_TOKENS, exit_logits
+from self_speculation.training.exit_adapter_loss import running_adapter
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
 MEASURES = ("loss", "perplexity", "accuracy", "agreement")
@@ -26,7 +28,8 @@ MEASURES = ("loss", "perplexity", "accuracy", "agreement")
 def exit_sums(model: LlamaForCausalLM, hidden_states: tuple[Tensor, ...], labels_BT: Tensor, chunk: int) -> Tensor:
     """Sums of the measures over each row's labelled tokens, (B, E, M); `chunk` positions' logits live at a time.
 
-    `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed.
+    `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed; at an exit with an
+    adapter, what left the adapter's layer.
     """
     labels_N = next_labels(labels_BT)
     chunks = zip(*(state_BTD.flatten(0, 1).split(chunk) for state_BTD in hidden_states[1:]), strict=True)
@@ -43,7 +46,8 @@ def _chunk_measures(model: LlamaForCausalLM, states: tuple[Tensor, ...], labels_
     last_NV = exit_logits(model, last_ND, is_normed=True)
     last_N = last_NV.argmax(-1)
     measures_ENM = []
-    for logits_NV in (*(exit_logits(model, state_ND, is_normed=False) for state_ND in early), last_NV):
+    early_NV = (model.lm_head(exit_norm(model, exit_layer)(state_ND)) for exit_layer, state_ND in enumerate(early, 1))
+    for logits_NV in (*early_NV, last_NV):
         loss_N = F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
         guess_N = logits_NV.argmax(-1)
         agrees_N = (guess_N == last_N) & is_labelled_N
@@ -62,7 +66,9 @@ def scoring(model: LlamaForCausalLM, chunk: int = CHUNK_TOKENS) -> Iterator[None
     @wraps(model.forward)
     def forward_scores(*args: Any, labels: Tensor, **kwargs: Any) -> CausalLMOutput:
         kwargs |= {"output_hidden_states": True, "use_cache": False}
-        hidden_states = model.model(*args, **kwargs).hidden_states
+        with running_adapter(model) as left_BTD:
+            hidden_states = model.model(*args, **kwargs).hidden_states
+        hidden_states = tuple(left_BTD.get(layer, state_BTD) for layer, state_BTD in enumerate(hidden_states))
         return CausalLMOutput(logits=exit_sums(model, hidden_states, labels, chunk))
 
     model.forward = forward_scores

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from self_speculation.pretrained import DamagedCheckpointError, Pretrained
+from self_speculation.checkpoint_kinds import checkpoint
+from self_speculation.pretrained import DamagedCheckpointError
 from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.training.tokenizer import train_tokenizer
 
@@ -21,7 +22,7 @@ FAMILY = "llama"
 class TrainedModelArguments(Settings):
     """The model to train, from scratch or from a folder."""
 
-    model: str | None = setting(None, help="Folder or hub name to go on from; from scratch when not given.")
+    model: str | None = setting(None, help="Folder, .gguf file or hub name to go on from; from scratch when not given.")
     tokenizer: str | None = setting(None, help="Tokenizer's folder or hub name; trained on the texts when not given.")
     config: str | None = setting(
         None, help="config.json of a new Llama, or its folder, in the place of the sizes below."
@@ -94,6 +95,9 @@ def _read_config(source: str, own: dict[str, Any]) -> LlamaConfig:
         values, _ = LlamaConfig.get_config_dict(source)
         if values.get("model_type", FAMILY) != FAMILY:
             raise ValueError(f"a {values['model_type']} model")
+        # transformers takes an empty folder for an empty configuration, whose sizes would be those of Llama 7B.
+        if "hidden_size" not in values:
+            raise ValueError("no sizes")
         return LlamaConfig(**values | own)
     # What reads a configuration raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
@@ -104,7 +108,7 @@ def _given_tokenizer(arguments: TrainedModelArguments) -> PreTrainedTokenizerBas
     """The tokenizer that the flags name, if they name one."""
     source, flag = arguments.tokenizer or arguments.model, "--tokenizer" if arguments.tokenizer else "--model"
     try:
-        return Pretrained(source).tokenizer() if source else None
+        return checkpoint(source, {}).tokenizer() if source else None
     # What reads the files of a tokenizer raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
         raise ValueError(f"{flag}: {source} has no tokenizer that transformers can load.") from error
@@ -118,10 +122,10 @@ def _given_model(arguments: TrainedModelArguments) -> LlamaForCausalLM | None:
     """
     if not arguments.model:
         return None
-    checkpoint = Pretrained(arguments.model, {"dtype": torch.float32})
+    source = checkpoint(arguments.model, {"dtype": torch.float32})
     try:
-        family = checkpoint.config().model_type
-        model = checkpoint.model() if family == FAMILY else None
+        family = source.config().model_type
+        model = source.model() if family == FAMILY else None
     except DamagedCheckpointError:
         raise
     # As for tokenizers.

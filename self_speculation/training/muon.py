@@ -1,21 +1,27 @@
 """Muon for matrices and AdamW for the rest, as one optimiser."""
 
+import re
 from typing import Any
 
 import torch
 from torch import nn
 
+# Names of parameters that are a decoder layer's.
+IN_LAYER = re.compile(r"\.layers?\.")
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's Muon for the matrices of the decoder layers and AdamW for embeddings, head and norms, as one optimiser.
+    """torch's Muon for decoder layers' matrices and AdamW for embeddings, head and norms, as one optimiser.
 
-    Muon's updates are scaled to AdamW's root mean square, so that one learning rate serves both.
+    What is frozen is left out. Muon's updates are scaled to AdamW's root mean square, so that one learning rate serves
+    both.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
-        layers = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        layers = [p for name, p in trained.items() if IN_LAYER.search(name) and p.ndim == 2]
         chosen = {id(parameter) for parameter in layers}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        rest = [parameter for parameter in trained.values() if id(parameter) not in chosen]
         self.parts = [
             torch.optim.Muon(layers, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, betas=betas),

@@ -24,6 +24,7 @@ FREE_SETTINGS = {
     "loss_chunk_tokens",
     "compile_layers",
     "resume_changed",
+    "rendezvous_timeout",
 }
 # Those of transformers' `TrainingArguments` on which they do.
 TRAINER_SETTINGS = {

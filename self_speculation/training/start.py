@@ -13,6 +13,7 @@ from self_speculation.training.checkpoints import (
     refuse_to_overwrite,
 )
 from self_speculation.training.checks import check_checkpoint, check_numbers, check_weights
+from self_speculation.training.interruption import SaveBeforeStopping
 from self_speculation.training.run_record import RunRecord
 from self_speculation.training.trainer import LayerSkipTrainer
 from self_speculation.training.whole_files import whole_files
@@ -47,8 +48,10 @@ def start(
 ) -> None:
     """Train, from the beginning or from a checkpoint, with tokenizer and record kept beside the weights.
 
+    Ctrl-C and SIGTERM have their effect when the running step's checkpoint has been written.
+
     Raises:
-        ValueError: the checkpoint is of another run, or its weights are not of this model.
+        ValueError: the checkpoint is of another run, or its weights are not of this model; the loss is not finite.
     """
     output_dir = output_dir_of(trainer.args)
     begun = record_to_begin(output_dir, checkpoint, record, resume_changed)
@@ -62,7 +65,10 @@ def start(
 
     # Before the first step, so that a run that is stopped leaves all that its checkpoints need.
     trainer.add_callback(_WhenReady(write))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    stop = SaveBeforeStopping()
+    trainer.add_callback(stop)
+    with stop.listening(trainer.args.world_size):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 class _WhenReady(TrainerCallback):

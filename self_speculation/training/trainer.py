@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, ProgressCallback, TrainingArguments
 
 from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.checkpoints import WholeCheckpointTrainer
+from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
 from self_speculation.training.early_exit_loss import EarlyExitLoss
+from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, adapter_of
 from self_speculation.training.exit_measures import exit_metrics, scoring
 from self_speculation.training.labels import num_labels
 from self_speculation.training.layer_dropout import LayerDropout
@@ -20,8 +21,8 @@ from self_speculation.training.muon import MuonWithAdamW
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Flags that need the weights of a model in one place.
-WHOLE_ONLY = ("lora_rank", "anchor_weight")
+# Flags that need the weights of a model in one place, and train them.
+WHOLE_MODEL = ("lora_rank", "anchor_weight")
 
 
 def prepared(
@@ -30,12 +31,11 @@ def prepared(
     """The model as it is trained: with adapters, if a rank is given.
 
     Raises:
-        ValueError: LoRA or an anchor cannot be had, or not where weights are spread over processes.
+        ValueError: LoRA or an anchor cannot be had, or not with other flags.
     """
-    if training.fsdp or training.deepspeed:
-        wrong = next((flag for flag in WHOLE_ONLY if getattr(layerskip, flag)), None)
-        if wrong:
-            raise ValueError(f"--{wrong} does not go with --fsdp or --deepspeed.")
+    chosen = next((flag for flag in WHOLE_MODEL if getattr(layerskip, flag)), None)
+    if chosen and (training.fsdp or training.deepspeed):
+        raise ValueError(f"--{chosen} does not go with --fsdp or --deepspeed.")
     if not layerskip.lora_rank:
         return model
     if training.gradient_checkpointing:
@@ -62,11 +62,19 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         check_optimiser(self.args, self.llama, num_steps)
         layers = self.llama.model.layers
         rates = layerskip.dropout_rates(len(layers), num_steps)
-        schedule = layerskip.exit_schedule(len(layers), num_steps)
         self.dropout = LayerDropout(layers, rates, self.args.seed, layerskip.layer_dropout_rescale)
-        self.early_exit_loss = EarlyExitLoss(self.llama, schedule, layerskip.exit_target, layerskip.loss_chunk_tokens)
-        if layerskip.anchor_weight:
-            self.early_exit_loss.anchor = anchored(layerskip.anchor_weight, self.llama, self.adapted)
+        self.early_exit_loss = self._exit_loss(num_steps)
+
+    def _exit_loss(self, num_steps: int) -> EarlyExitLoss | ExitAdapterLoss:
+        """J of section 4.1.2, or the loss of an exit adapter, which alone is trained."""
+        own, adapter = self.layerskip, adapter_of(self.llama)
+        if adapter is not None:
+            return ExitAdapterLoss(self.llama, adapter, own.loss_chunk_tokens)
+        schedule = own.exit_schedule(self.llama.config.num_hidden_layers, num_steps)
+        loss = EarlyExitLoss(self.llama, schedule, own.exit_target, own.loss_chunk_tokens)
+        if own.anchor_weight:
+            loss.anchor = anchored(own.anchor_weight, self.llama, self.adapted)
+        return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the model has its own `forward` again."""
@@ -81,6 +89,14 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         finally:
             self.dropout.remove()
             self.early_exit_loss.remove()
+            self._close_bars()
+
+    def _close_bars(self) -> None:
+        """Let no progress bar that was cut short be drawn once more, under what is said of the reason."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                for bar in filter(None, (callback.training_bar, callback.prediction_bar)):
+                    bar.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own optimiser, or Muon with AdamW."""
@@ -90,11 +106,19 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         return super().create_optimizer(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Tell the dropout and the loss where training is, t; then the Trainer's forward and backward pass."""
+        """Tell the dropout and the loss where training is, t; then the Trainer's forward and backward pass.
+
+        Raises:
+            ValueError: the loss is not finite, and so would be the weights.
+        """
         step = self.state.global_step
         self.dropout.micro_batch = self.dropout.micro_batch + 1 if step == self.dropout.step else 0
         self.dropout.step = self.early_exit_loss.step = step
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        # The Trainer itself looks at this number next, so that nothing waits longer for it.
+        if not loss.isfinite():
+            raise ValueError(f"{self.diverged}: the loss of step {step + 1} is {loss.item()}; {LOWER}.")
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The measures of the last layer and of every exit, on all processes together."""

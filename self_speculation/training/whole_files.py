@@ -9,9 +9,11 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from self_speculation.exit_adapter import EXIT_ADAPTER_FILE
+
 INCOMPLETE_FILES = "incomplete-files"
 # Without them, the other files of a model cannot be loaded.
-ENTRIES = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME}
+ENTRIES = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, EXIT_ADAPTER_FILE}
 
 
 @contextmanager

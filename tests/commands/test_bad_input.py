@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from self_speculation.commands import benchmark, correctness, eval, generate, sweep, train
 
@@ -142,6 +143,7 @@ MISTAKES = [
     Mistake(RUNS, "--repeats 0", "--repeats"),
     Mistake(RUNS, "--repeats -1", "--repeats"),
     Mistake("benchmark", "--execute_code True", "--execute_code"),
+    Mistake("benchmark", "--execute_code_unsafely True", "--execute_code_unsafely"),
     Mistake("generate", "--streamer loud", "--streamer"),
     Mistake(EVERY, "--model caf\udce9", "--model"),
     Mistake(ALL, "--output_dir caf\udce9", "--output_dir"),
@@ -160,6 +162,9 @@ MISTAKES = [
     Mistake("generate", "--device cuda:99", "--device"),
     Mistake(DECODE, "--model_args revision", "--model_args"),
     Mistake("generate", "--model_args nonsense=3", "--model_args"),
+    Mistake(DECODE, "--model BAD/beams", "generation_config.json has num_beams 4"),
+    Mistake("generate", "--model BAD/min_p --sample True", "generation_config.json has min_p 0.1"),
+    Mistake("generate correctness eval", "--model BAD/overflowing --dtype float16", "in float16; a wider --dtype"),
     # Prompts
     Mistake("generate", "--prompt_file no_such_file.txt", "no_such_file.txt"),
     Mistake("generate", "--prompt_file BAD/empty_folder", "empty_folder"),
@@ -222,6 +227,7 @@ MISTAKES = [
     Mistake("eval", "--exit_layer all --generation_strategy self_speculative", "--exit_layer"),
     Mistake("eval", "--tasks local_topv2 --exit_layer all", "local_topv2"),
     Mistake("eval", "--tasks local_humaneval", "confirm_run_unsafe_code"),
+    Mistake("eval", "--execute_code_unsafely True", "--confirm_run_unsafe_code"),
     Mistake("eval", "--batch_size 0", "--batch_size"),
     Mistake("eval", "--limit 0", "--limit"),
     Mistake("eval", "--num_fewshot -1", "--num_fewshot"),
@@ -252,6 +258,7 @@ MISTAKES = [
     Mistake("train", "--p_max 2", "--p_max"),
     Mistake("train", "--held_out 0", "--held_out"),
     Mistake("train", "--exit_layers 1 3", "--exit_layers"),
+    Mistake("train", "--anchor_weight 1 --train_exit_adapter 1", "--anchor_weight"),
     Mistake("train", "--anchor_weight -1", "--anchor_weight"),
     Mistake("train", "--anchor_weight nan", "--anchor_weight"),
     Mistake("train", "--anchor_weight 0.5", "--anchor_weight"),
@@ -324,6 +331,13 @@ def bad(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     ):
         shutil.copytree(folder, path / name)
         (path / name / damaged).write_text(content)
+    shutil.copytree(folder, path / "overflowing")
+    tensors = load_file(folder / "model.safetensors")
+    large = {name: 1e3 * tensor if "mlp" in name else tensor for name, tensor in tensors.items()}
+    save_file(large, path / "overflowing" / "model.safetensors", {"format": "pt"})
+    for name, content in (("beams", '{"num_beams": 4}'), ("min_p", '{"min_p": 0.1}')):
+        shutil.copytree(folder, path / name)
+        (path / name / "generation_config.json").write_text(content)
     shutil.copytree(folder, path / "no_weights")
     (path / "no_weights" / "model.safetensors").unlink()
     return path
@@ -364,6 +378,18 @@ def test_a_mistake_gets_one_sentence_and_loses_nothing(
     assert before.items() <= after.items()
     # Training writes its tokenizer first, so that a run that is stopped leaves all that its checkpoints need.
     assert script == "train" or after == before
+
+
+@pytest.mark.parametrize("script", RUNS.split())
+def test_a_mistake_that_decoding_shows_keeps_the_earlier_run(
+    script: str, places: dict[str, Path], run_script: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By then a new run has begun, and the earlier one has a number."""
+    (places["TMP"] / f"{script}.json").write_text("earlier")
+    flags = "--data_path ROWS --output_dir TMP --max_steps 2 --model BAD/overflowing --dtype float16"
+    assert run_script(SCRIPTS[script].main, *placed(flags, places).split()) == 2
+    assert "in float16; a wider --dtype" in capsys.readouterr().err.splitlines()[-1]
+    assert (places["TMP"] / f"{script}.1.json").read_text() == "earlier"
 
 
 def placed(text: str, places: dict[str, Path]) -> str:

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from self_speculation.commands import benchmark
 from self_speculation.generator_base import GenerationRequest
 from self_speculation.loading import BUNDLED_CHECKPOINT
+from self_speculation.measuring.code_execution import best_isolation
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.measuring.passes import Timing
@@ -291,7 +292,7 @@ def test_code_is_executed(run_benchmark: Callable[..., dict[str, Any]], tmp_path
     flags = ["--dataset", "human_eval", "--data_path", path, "--stop_words", "\n", "--execute_code", "True"]
     assert run_benchmark(*flags)["early_exit"]["pass_at_1"] == 0.5
     document = json.loads((tmp_path / "logs" / "benchmark.json").read_text())
-    assert document["surroundings"]["programs_are_kept_from_the_network_by"]
+    assert document["surroundings"]["programs_are_kept_from_the_network_by"] == best_isolation(unsafely=True)
     assert "pass_at_1" not in run_benchmark(*flags[:-2])["early_exit"]
 
 

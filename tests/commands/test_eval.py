@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from self_speculation.harness.drawn_shots import DrawnShots
 from self_speculation.harness.fitted_prompts import FittedPrompts
 from self_speculation.harness.loaded_tasks import TASKS_FOLDER, LoadedTasks
 from self_speculation.loading import BUNDLED_CHECKPOINT, ModelArguments, load
+from self_speculation.measuring.code_execution import best_isolation
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -146,6 +148,7 @@ def test_tasks_of_different_kinds_in_one_run(
         "--tasks", ",".join(names[:4]), *names[4:], *QUICK, *speculative, "--confirm_run_unsafe_code", "True"
     )
     assert code == 0
+    assert results["programs_are_kept_from_the_network_by"] == best_isolation(unsafely=True)
     assert list(results["results"]) == names
     generating = {f"local_{name}" for name in ("cnn_dailymail", "gsm8k", "humaneval", "topv2", "xsum")}
     assert set(results["speed"]) == generating
@@ -397,6 +400,62 @@ def test_own_task_files_are_found(run: Callable[..., Any], tmp_path: Path) -> No
     code, results = run("--tasks", "my_choices", "--include_path", tmp_path / "own", "--limit", 2, *QUICK)
     assert code == 0
     assert results["n-samples"]["my_choices"]["effective"] == 2
+
+
+def test_kept_files_that_are_unpickled_are_named_and_private(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--tasks", "local_piqa", *QUICK, "--cache_requests", "True", "--use_cache", "kept"]
+    assert run(*flags)[0] == 0
+    [requests] = (tmp_path / "logs" / "requests").iterdir()
+    [answers] = (tmp_path / "logs" / "answers").glob("kept_*.db")
+    lines = capsys.readouterr().err.splitlines()
+    assert any("--cache_requests" in line and str(requests) in line for line in lines)
+    assert any("--use_cache" in line and str(answers).partition("_rank")[0] in line for line in lines)
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (requests, answers.parent)} == {0o700}
+    for file, flag in (answers, "--use_cache"), (next(requests.iterdir()), "--cache_requests"):
+        file.chmod(0o666)
+        assert run(*flags)[0] == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"error: {flag}")
+        assert str(file) in said
+        file.chmod(0o644)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_kept_files_in_a_folder_of_another_user_are_refused(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "logs" / "answers"
+    folder.mkdir(parents=True)
+    os.chown(folder, 65534, 65534)
+    assert run("--tasks", "local_piqa", *QUICK, "--use_cache", "kept")[0] == 2
+    assert str(folder) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_python_of_own_task_files_is_named(
+    run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it runs; that of other tasks, and our own, is not."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "parts.py").write_text("def text(doc):\n    return doc['question']\n")
+    (own / "others.py").write_text("raise OSError('ran')\n")
+    task = f"include: {TASKS_FOLDER}/piqa.yaml\nunsafe_code: true\n"
+    (own / "mine.yaml").write_text(f"{task}task: my_choices\ndoc_to_text: !function parts.text\n")
+    (own / "other.yaml").write_text(f"{task}task: my_others\ndoc_to_text: !function others.text\n")
+    flags = ["--include_path", own, "--limit", 2, *QUICK, "--confirm_run_unsafe_code", "True"]
+    assert run("--tasks", "my_choices", *flags)[0] == 0
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if "--include_path" in line] == [
+        f"--include_path: the Python code of {own / 'parts.py'} runs, since a task file names it by !function."
+    ]
+    # lm-eval does not tell tasks that run code themselves from others by more than this.
+    assert "my_choices runs what the model writes" in said
+    assert run("--tasks", "my_others", *flags)[0] == 2
+    first, last = [line for line in capsys.readouterr().err.splitlines() if "others" in line or "ran" in line]
+    assert str(own / "others.py") in first
+    assert last.startswith("error: ")
 
 
 def test_tasks_must_be_named(run: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

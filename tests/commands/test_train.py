@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from self_speculation.commands import train
 from self_speculation.decoding.draft_head import COUNTS_FILE
@@ -298,3 +300,64 @@ def test_missing_data_path_is_named(run_script: Run, capsys: pytest.CaptureFixtu
     assert run_script(train.main) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "--data_path" in line
+
+
+def signalling(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int, times: int = 1) -> None:
+    """In the middle of a step the process gets a signal, once or more often."""
+    run_step = Trainer.training_step
+
+    def training_step(self: Trainer, *args: object, **kwargs: object) -> Tensor:
+        if self.state.global_step == step - 1:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return run_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "how"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_is_followed_by_a_checkpoint_of_the_running_step(
+    number: signal.Signals, code: int, how: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the run that goes on from it ends like one that was not interrupted."""
+    flags = ("--max_steps", "5", "--save_steps", "100", "--p_max", "0.5", "--resume_from_checkpoint", "True")
+    assert run(*flags, "--output_dir", f"{tmp_path}/whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        signalling(patch, number, step=2)
+        assert run(*flags) == code
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith(f"{how}. ")
+    assert "--resume_from_checkpoint True" in sentence
+    assert checkpoints(tmp_path / "out").keys() == {"checkpoint-2"}
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run(*flags) == 0
+    for name in ("model.safetensors", "checkpoint-5/model.safetensors", "checkpoint-5/optimizer.pt"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_second_signal_counts_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signalling(monkeypatch, signal.SIGINT, step=2, times=2)
+    assert run("--save_steps", "100") == 130
+    assert not checkpoints(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        # NaN in the loss of the second step, and in the weights that the last step leaves.
+        ("--learning_rate 1e39", "the loss of step 2 is "),
+        ("--learning_rate 1e39 --max_steps 1", "is NaN or infinite"),
+    ],
+)
+def test_training_that_diverges_ends_with_a_sentence(
+    flags: str, said: str, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags.split(), "--save_steps", "100") == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("error: --learning_rate 1e+39: ")
+    assert said in sentence
+    assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -96,7 +96,7 @@ def test_logits_are_the_full_heads_or_impossible(make_model: MakeModel, tmp_path
     model.name_or_path = str(tmp_path)
     np.save(tmp_path / COUNTS_FILE, np.arange(300)[::-1].copy() % 7)
     hidden_BTD = torch.randn(2, 3, 32, dtype=torch.double)
-    logits_BTV = DraftHead.of(model, 40).logits(model, hidden_BTD)
+    logits_BTV = DraftHead.of(model, 40).logits(model.model.norm(hidden_BTD))
     kept = token_order(tmp_path, 300)[:40]
     torch.testing.assert_close(logits_BTV[..., kept], exit_logits(model, hidden_BTD)[..., kept])
     assert logits_BTV.isneginf().sum() == 2 * 3 * 260

@@ -204,3 +204,19 @@ def test_it_is_made_from_model_args(
             make(f"pretrained={tmp_path},{wrong}", None)
     with pytest.raises(ValueError, match="--exit_layer"):
         make(f"pretrained={tmp_path},generation_strategy=self_speculative,exit_layer=7", None)
+
+
+def test_arguments_of_from_pretrained_reach_configuration_tokenizer_and_weights(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "inner")
+    make = get_model("layerskip").create_from_arg_obj
+    lm = make({"pretrained": str(tmp_path), "subfolder": "inner", "device_map": {"": "cpu"}})
+    assert lm.model.config.num_hidden_layers == 6
+    assert "trust_remote_code" not in capsys.readouterr().err
+    make({"pretrained": str(tmp_path / "inner"), "trust_remote_code": True})
+    assert "trust_remote_code=True: Python code" in capsys.readouterr().err
+    for wrong, named in (({"token": "hf_x"}, "HF_TOKEN"), ({"trust_remote_code": "y"}, "trust_remote_code")):
+        with pytest.raises(ValueError, match=named):
+            make({"pretrained": str(tmp_path / "inner")} | wrong)

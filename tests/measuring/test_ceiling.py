@@ -76,7 +76,7 @@ def test_only_weights_that_exceed_the_cache_have_a_ceiling(cache: int | None, se
     assert ceiling.most_tokens_per_second == (2e9 / 450 if cache == 449 else None)
     assert ceiling.as_json() == {
         "bytes_per_second": 2e9,
-        "weights": {"layers": [100] * 4, "head": 50, "vocabulary": 100},
+        "weights": {"layers": [100] * 4, "head": 50, "vocabulary": 100, "adapters": {}},
         "cache_bytes": cache,
     }
 

@@ -14,22 +14,26 @@ import pytest
 
 from self_speculation.measuring.code_execution import (
     PROCESS_SOURCE,
-    Isolation,
     Limits,
     Sandbox,
+    best_isolation,
     completion,
-    network_isolation,
     pass_at_1,
     program,
     run,
 )
+from self_speculation.measuring.isolation import Isolation
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=list(Isolation))
 def isolation(request: pytest.FixtureRequest) -> Isolation:
-    """Each way to keep programs from the network that this machine has."""
-    if network_isolation() is Isolation.BLOCKED_SOCKETS and request.param is not network_isolation():
-        pytest.skip("the kernel allows no network namespace")
+    """Each isolation that this machine has."""
+    try:
+        run("", Sandbox(isolation=request.param))
+    except RuntimeError as error:
+        pytest.skip(str(error))
     return request.param
 
 
@@ -169,7 +173,6 @@ def test_default_limits(source: str, reason: str) -> None:
     assert run(source).reason == reason
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may have any number of processes")
 def test_number_of_processes() -> None:
     source = "import os, time\nfor _ in range(20):\n    if not os.fork(): time.sleep(60)"
     assert run(source, Sandbox(Limits(processes=5))).reason == "BlockingIOError"
@@ -179,7 +182,10 @@ def test_number_of_processes() -> None:
     ("ending", "reason"), [("while True: pass", "timed out"), ("", "passed"), ("os._exit(0)", "exited")]
 )
 def test_nothing_of_a_program_runs_on(ending: str, reason: str, tmp_path: Path) -> None:
-    """A child process holds the writing end of a pipe, which hangs up when the child has been killed."""
+    """A child process holds the writing end of a pipe, which hangs up when the child has been killed.
+
+    No safe isolation lets the pipe be reached: theirs is in test_escapes.py.
+    """
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -189,7 +195,7 @@ os.write(os.open({str(path)!r}, os.O_WRONLY), b"started")
 if not os.fork():
     time.sleep(30)
 """
-    assert run(source + ending, Sandbox(Limits(wall_seconds=1))).reason == reason
+    assert run(source + ending, Sandbox(Limits(wall_seconds=1), Isolation.BLOCKED_SOCKETS)).reason == reason
     assert os.read(reader, 100) == b"started"
     poller = select.poll()
     poller.register(reader, select.POLLHUP)
@@ -200,7 +206,7 @@ if not os.fork():
 def test_files_in_the_working_folder_do_not_survive(tmp_path: Path) -> None:
     path = tmp_path / "path"
     source = f"import os\nos.mkdir('a')\nopen('a/b', 'w').write('b')\nopen({str(path)!r}, 'w').write(os.getcwd())"
-    assert run(source).passed
+    assert run(source, Sandbox(isolation=Isolation.BLOCKED_SOCKETS)).passed
     folder = Path(path.read_text())
     assert folder.is_absolute()
     assert not folder.exists()
@@ -216,8 +222,9 @@ def test_a_program_has_no_network(isolation: Isolation) -> None:
         server.accept()[0].close()
         outcome = run(source, Sandbox(isolation=isolation))
         assert not outcome.passed
-        # From there not even the loopback device can be reached.
-        assert outcome.reason == ("OSError" if isolation is Isolation.NETWORK_NAMESPACE else "PermissionError")
+        # In a new network namespace not even the loopback device can be reached; bubblewrap gives it one of its own.
+        namespaced = {Isolation.NETWORK_NAMESPACE: "OSError", Isolation.BUBBLEWRAP: "ConnectionRefusedError"}
+        assert outcome.reason == namespaced.get(isolation, "PermissionError")
         server.settimeout(0.05)
         with pytest.raises(TimeoutError):
             server.accept()
@@ -236,20 +243,75 @@ def test_blocked_sockets(source: str) -> None:
     assert run(source, Sandbox(isolation=Isolation.BLOCKED_SOCKETS)).reason == "PermissionError"
 
 
+NO_SEAL = "\ndef filter_calls(_): raise OSError(1, 'no seccomp')"
+
+
 @pytest.mark.parametrize(
-    ("body", "isolation"),
+    ("error", "isolation"),
     [
-        ("pass", Isolation.NETWORK_NAMESPACE),
-        ("raise OSError(1, 'no network namespace')", Isolation.BLOCKED_SOCKETS),
-        ("raise AttributeError('unshare')", Isolation.BLOCKED_SOCKETS),
+        ("None", Isolation.NETWORK_NAMESPACE),
+        ("OSError(1, 'no network namespace')", Isolation.BLOCKED_SOCKETS),
+        ("AttributeError('unshare')", Isolation.BLOCKED_SOCKETS),
     ],
 )
-def test_the_probe_asks_the_kernel(body: str, isolation: Isolation) -> None:
-    assert network_isolation(f"def enter_namespace(): {body}") is isolation
+def test_the_probe_asks_the_kernel(error: str, isolation: Isolation) -> None:
+    source = f"{PROCESS_SOURCE}{NO_SEAL}\ndef enter_namespace(_):\n    if {error}: raise {error}"
+    assert best_isolation(unsafely=True, process_source=source) is isolation
+
+
+def test_what_is_not_safe_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--execute_code.*--execute_code_unsafely True"):
+        best_isolation(process_source=PROCESS_SOURCE + NO_SEAL)
+
+
+# A machine without namespaces and Landlock: none of their calls is allowed.
+FORBIDDING = """
+from self_speculation.measuring.program_process import filter_calls
+from self_speculation.measuring.system_calls import NEW_NAMESPACE, Condition, Rule, seccomp_filter
+landlock, unshare = Rule((444, 444)), Rule((272, 97))
+filter_calls(seccomp_filter((landlock, unshare, Rule((56, 220), 0, Condition.HAS_BIT, NEW_NAMESPACE))))
+"""
+
+
+def test_a_machine_that_has_neither() -> None:
+    source = """
+from self_speculation.measuring.code_execution import best_isolation
+print(best_isolation(unsafely=True).value)
+try:
+    best_isolation()
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", FORBIDDING + source], capture_output=True, text=True, cwd=ROOT)
+    taken, refusal = done.stdout.splitlines()
+    assert taken == Isolation.BLOCKED_SOCKETS
+    assert refusal.startswith("--execute_code, --confirm_run_unsafe_code: neither bubblewrap nor Landlock")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "benchmark --dataset human_eval --execute_code True",
+        "eval --tasks local_humaneval --confirm_run_unsafe_code True",
+    ],
+)
+def test_the_programs_refuse_there_in_one_sentence(
+    command: str, humaneval: list[dict[str, str]], data_folder: Path, tmp_path: Path
+) -> None:
+    name, *flags = command.split()
+    places = ["--data_dir" if name == "eval" else "--data_path", str(data_folder)]
+    flags += [*places, "--output_dir", str(tmp_path)]
+    source = f"{FORBIDDING}\nimport sys\nsys.argv[1:] = {flags!r}\n"
+    source += f"from self_speculation.commands.{name} import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --execute_code")
+    assert "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_isolated_is_not_run() -> None:
-    refuse = "\ndef enter_namespace(): raise OSError(1, 'no network namespace')"
+    refuse = "\ndef enter_namespace(_): raise OSError(1, 'no network namespace')"
     sandbox = Sandbox(isolation=Isolation.NETWORK_NAMESPACE, process_source=PROCESS_SOURCE + refuse)
     with pytest.raises(RuntimeError, match="no network namespace"):
         pass_at_1(["pass"], sandbox)

@@ -1,6 +1,7 @@
 """What train.py reads: texts of files and of the hub's layout, streams, prompts with responses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from self_speculation.prompts.arguments import TextArguments
 from self_speculation.prompts.sources import Examples, Stream, Texts, read_source
+from self_speculation.prompts.texts import read_texts
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -124,3 +126,14 @@ def test_train_imports_without_datasets() -> None:
 def test_real_parses_are_read(data_folder: Path) -> None:
     source = read_source(TextArguments(dataset="top_v2", data_path=[str(data_folder / "topv2")]), seed=1)
     assert (len(source.training), len(source.held_out)) == (124_597, 17_160)
+
+
+def test_a_text_may_be_piped() -> None:
+    """As a shell's `<(command)` does it."""
+    reading, writing = os.pipe()
+    os.write(writing, b"def piped(): pass")
+    os.close(writing)
+    try:
+        assert list(read_texts(TextArguments(data_path=[f"/dev/fd/{reading}"])).values()) == ["def piped(): pass"]
+    finally:
+        os.close(reading)

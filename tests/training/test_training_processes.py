@@ -230,6 +230,37 @@ def test_killed_runs_end_like_the_uninterrupted_one(flags: list[str], tmp_path: 
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_and_ends_like_the_uninterrupted_one(
+    number: signal.Signals, code: int, flags: list[str], tmp_path: Path
+) -> None:
+    steps = ["--p_max", "0.5", "--max_steps", "300", "--save_steps", "1000", "--resume_from_checkpoint", "True"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_script([*flags, *steps, "--output_dir", str(whole)])
+    own = [*flags, *steps, "--output_dir", str(stopped)]
+    command = [sys.executable, str(Path(__file__).parents[2] / "train.py"), *own]
+    with (
+        subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process,
+        ended(process),
+    ):
+        end = time.monotonic() + LIMIT_SECONDS
+        # Written when the first step is to begin.
+        while not (stopped / "layerskip_run.json").exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.2)
+        process.send_signal(number)
+        said = process.communicate(timeout=LIMIT_SECONDS)[1].decode()
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    assert "--resume_from_checkpoint True" in said.splitlines()[-1]
+    [checkpoint] = stopped.glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.rpartition("-")[2]) < 300
+    run_script(own)
+    for name in ("checkpoint-300/model.safetensors", "checkpoint-300/optimizer.pt", "model.safetensors"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 @contextmanager
 def ended(process: subprocess.Popen) -> Iterator[None]:
     """Kill the process at the end as `kill -9` does."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from self_speculation.measuring.code_execution import program, run
+from self_speculation.harness.program_scores import PassAt1
 from self_speculation.prompts.arguments import DatasetArguments, DatasetName
 from self_speculation.prompts.example import Example
 from self_speculation.prompts.formats import DATASETS
@@ -132,6 +132,4 @@ def parse_match(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     return {"exact_match": match} if doc["is_seen"] else {"exact_match": match, "exact_match_unseen": match}
 
 
-def pass_at_1(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Whether the completed function passes its tests."""
-    return {"pass@1": float(run(program(doc, results[0])).passed)}
+pass_at_1 = PassAt1()

@@ -1,0 +1,118 @@
+"""Training an exit adapter (`self_speculation/exit_adapter.py`): it learns the last layer's distribution at its exit.
+
+The model is frozen and runs without gradients. The adapter's layer runs where the model's own next layer does, with the
+same mask and positions, whatever the batch is packed of.
+
+Shapes: B batch, T positions, D hidden size, V vocabulary, K positions with labels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
+from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, distillation_cross_entropy
+from self_speculation.training.labels import IGNORED_LABEL, next_labels
+
+
+def prepare_exit_adapter(model: LlamaForCausalLM, exit_layer: int | None, name: str | None) -> None:
+    """Freeze the model, and give it a new adapter at the exit, which alone is trained; nothing, where none is wanted.
+
+    `name` is what the model was loaded from.
+
+    Raises:
+        ValueError: the model is new, or lacks the exit; or it is to be trained, and has an adapter that knows it as it
+            is.
+    """
+    if exit_layer is None:
+        if adapter_of(model) is not None:
+            raise ValueError(
+                f"--model {name} has an exit adapter for the model as it is: give that model, or "
+                "--train_exit_adapter for another one."
+            )
+        return
+    if name is None:
+        raise ValueError("--train_exit_adapter needs --model: there is nothing to learn from a new model.")
+    model.requires_grad_(False)
+    model.add_module(ATTRIBUTE, ExitAdapter.of(model, exit_layer).requires_grad_(True))
+
+
+def adapter_of(model: LlamaForCausalLM) -> ExitAdapter | None:
+    """The model's exit adapter, if it has one."""
+    return next((module for module in model.children() if isinstance(module, ExitAdapter)), None)
+
+
+@contextmanager
+def running_adapter(model: LlamaForCausalLM) -> Iterator[dict[int, Tensor]]:
+    """While this lasts, a pass of the model is one of its exit adapter, too.
+
+    Gives, by the adapter's exit, what left the adapter's layer (B, T, D); nothing for a model without one.
+    """
+    left_BTD: dict[int, Tensor] = {}
+    adapter = adapter_of(model)
+    if adapter is None:
+        yield left_BTD
+        return
+
+    def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.set_grad_enabled(model.training):
+            left_BTD[adapter.exit_layer] = adapter.layer(*args, **kwargs)
+
+    hook = model.model.layers[adapter.exit_layer].register_forward_pre_hook(run, with_kwargs=True)
+    try:
+        yield left_BTD
+    finally:
+        hook.remove()
+
+
+class ExitAdapterLoss:
+    """Σ CE(adapter's distribution, last layer's) per labelled token, inside the model's `forward`; removable again.
+
+    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, adapter: ExitAdapter, chunk_tokens: int) -> None:
+        self.model = model
+        self.adapter = adapter
+        # The last layer teaches, and weighs nothing.
+        self.sums = ExitSums((0.0, 1.0), taught=distillation_cross_entropy, chunk_tokens=chunk_tokens)
+        self.step = 0
+
+    def attach(self) -> None:
+        """Replace the model's `forward` for calls in training mode that bring labels."""
+        self.model.forward = self._with_loss(self.model.forward)
+
+    def remove(self) -> None:
+        """Give the model its class's `forward` back."""
+        self.model.__dict__.pop("forward", None)
+
+    def _with_loss(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def forward_with_adapter_loss(
+            *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+        ) -> Any:
+            if labels is None or not self.model.training:
+                return forward(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+            with torch.no_grad(), running_adapter(self.model) as left_BTD:
+                last_BTD = self.model.model(*args, **kwargs | {"use_cache": False}).last_hidden_state
+            return CausalLMOutput(
+                loss=self._loss(left_BTD[self.adapter.exit_layer], last_BTD, labels, num_items_in_batch)
+            )
+
+        return forward_with_adapter_loss
+
+    def _loss(
+        self, left_BTD: Tensor, last_BTD: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        labels_N = next_labels(labels_BT)
+        labelled_K = (labels_N != IGNORED_LABEL).nonzero().flatten()
+        drafted_KD = self.adapter.norm(left_BTD.flatten(0, 1)[labelled_K])
+        states = (last_BTD.flatten(0, 1)[labelled_K], drafted_KD)
+        total = SummedExitLoss.apply(self.sums, labels_N[labelled_K], self.model.lm_head.weight, *states)
+        return total / (len(labelled_K) if num_items_in_batch is None else num_items_in_batch)
