@@ -75,8 +75,9 @@ def check(
         raise ValueError("--output_dir must not be empty.")
     if texts.streaming and training.max_steps < 1:
         raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
-    if layerskip.lora_rank and not model.model:
-        raise ValueError("--lora_rank is for a trained model, and needs --model.")
+    for flag in ("lora_rank", "anchor_weight"):
+        if getattr(layerskip, flag) and not model.model:
+            raise ValueError(f"--{flag} is for a model that goes on, and needs --model.")
 
 
 def rendezvous_seconds(args: list[str]) -> int:

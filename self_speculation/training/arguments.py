@@ -39,7 +39,17 @@ class LayerSkipArguments(Settings):
         default_factory=list, help="Exit layers to train, from 1; all by default. The last is added."
     )
     exit_target: ExitTarget = setting(
-        "labels", help="What early exits learn: the labels, or the last layer's distribution."
+        "labels",
+        help="What early exits learn: the labels, the last layer's distribution (by KL), or to be accepted by it.",
+    )
+    acceptance_after: float = setting(
+        0.3,
+        at_least=0,
+        at_most=1,
+        help="Share of the steps that acceptance begins with KL; then the loss is the chance's negative logarithm.",
+    )
+    anchor_weight: float = setting(
+        0.0, help="Weight of KL(untouched model || last layer), which keeps the model what it was; 0 turns it off."
     )
     loss_chunk_tokens: int = setting(CHUNK_TOKENS, at_least=1, help="Positions whose logits the loss holds at a time.")
     lora_rank: int = setting(
@@ -59,6 +69,8 @@ class LayerSkipArguments(Settings):
             raise ValueError(f"--p_max must lie between 0 and 1, not {self.p_max}.")
         if not 0 <= self.e_scale < math.inf:
             raise ValueError(f"--e_scale must be a finite number from 0 up, not {self.e_scale}.")
+        if not 0 <= self.anchor_weight < math.inf:
+            raise ValueError(f"--anchor_weight must be a finite number from 0 up, not {self.anchor_weight}.")
         if not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"--lora_alpha must be a finite number above 0, not {self.lora_alpha}.")
         super().__post_init__()
@@ -66,6 +78,8 @@ class LayerSkipArguments(Settings):
             raise ValueError("--muon is for whole matrices, and does not go with --lora_rank.")
         if self.lora_rank and self.train_exit_adapter:
             raise ValueError("--lora_rank changes the model, and does not go with --train_exit_adapter.")
+        if self.anchor_weight and self.train_exit_adapter:
+            raise ValueError("--anchor_weight is for a model that changes, and does not go with --train_exit_adapter.")
 
     def dropout_rates(self, num_layers: int, num_steps: int) -> DropoutRates:
         """p_{l,t} (4.1.1), for a model of `num_layers` layers that is trained for `num_steps` steps.
@@ -88,6 +102,7 @@ class LayerSkipArguments(Settings):
             strict_rotation=self.strict_rotation,
             weights=self.exit_weights,
             e_scale=self.e_scale,
+            acceptance_after=self.acceptance_after,
         )
 
     def exits(self, num_layers: int) -> tuple[int, ...]:

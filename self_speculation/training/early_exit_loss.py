@@ -2,12 +2,12 @@
 
     J(X, Y, t) = Σ_l ẽ(t, l) · CE(g(x_{l+1}), Y),    ẽ(t, l) = C(t, l) · e(l) / Σ_i C(t, i) · e(i)
 
-In the order of this file: the weights e(l), the curricula C(t, l), their product ẽ(t, l), the exits' output g(x), CE
-with its gradient, its sum over exits and rows, and the loss J. g is the model's own final norm and LM head, shared by
+In the order of this file: the weights e(l), the curricula C(t, l), their product ẽ(t, l), the exits' output g(x), and
+the loss J, whose sums over rows and exits are in `chunked_loss`. g is the model's own final norm and LM head, shared by
 all exits. Layers are numbered l = 0 … L−1; an exit layer E means "run the first E layers", so exit E reads x_E and has
 l = E−1. t is the training step, of T.
 
-Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows, K those with labels, C a chunk of those.
+Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows, K those with labels.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,24 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from self_speculation.training.anchor import Anchor
+from self_speculation.training.chunked_loss import (
+    AnchorRows,
+    ExitSums,
+    SummedExitLoss,
+    TaughtLoss,
+    acceptance_loss,
+    distillation_cross_entropy,
+)
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
 Curriculum = Literal["rotational", "gradual", "none"]
 ExitWeights = Literal["paper", "uniform"]
-ExitTarget = Literal["labels", "last_layer"]
+ExitTarget = Literal["labels", "last_layer", "acceptance"]
 
 # Positions whose logits are held at a time.
 CHUNK_TOKENS = 512
@@ -62,7 +68,10 @@ def gradual_curriculum(index: int, step: int, num_exits: int, num_steps: int) ->
 
 @dataclass(frozen=True)
 class ExitSchedule:
-    """ẽ(t, l): which exits are trained at a step, and with what weight."""
+    """ẽ(t, l): which exits are trained at a step, and with what weight.
+
+    `acceptance_after`: the share of the steps after which early exits that shall be accepted learn by that loss.
+    """
 
     num_layers: int
     num_steps: int
@@ -72,6 +81,17 @@ class ExitSchedule:
     strict_rotation: bool = False
     weights: ExitWeights = "paper"
     e_scale: float = 1.0
+    acceptance_after: float = 0.0
+
+    def taught(self, target: ExitTarget, step: int) -> TaughtLoss | None:
+        """The loss by which early exits learn from the last layer at a step; None: they learn the labels.
+
+        −log Σ min(p, q) says little while q is far from p, so KL comes first.
+        """
+        if target == "labels":
+            return None
+        is_accepted = target == "acceptance" and step >= self.acceptance_after * self.num_steps
+        return acceptance_loss if is_accepted else distillation_cross_entropy
 
     def enabled(self, index: int, step: int) -> bool:
         """C(t, l) for the exit at `index` in `exit_layers`; the last layer is always on unless rotation is strict."""
@@ -106,105 +126,16 @@ def exit_logits(model: LlamaForCausalLM, hidden_ND: Tensor, is_normed: bool) -> 
     return model.lm_head(hidden_ND if is_normed else model.model.norm(hidden_ND))
 
 
-def cross_entropy(log_q_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ CE(g(x), Y) = −Σ log q(Y), and its gradient with respect to the logits: q − 1 at Y, q elsewhere."""
-    gradient_CV = log_q_CV.exp()
-    gradient_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
-    return F.nll_loss(log_q_CV, labels_C, reduction="sum"), gradient_CV
-
-
-def distillation_cross_entropy(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ CE(g(x), p) = −Σ p · log q with the last layer's p, and its gradient with respect to the logits: q − p.
-
-    What held log q holds the gradient afterwards.
-    """
-    loss = -torch.einsum("cv,cv->", p_CV, log_q_CV)
-    return loss, log_q_CV.exp_().sub_(p_CV)
-
-
-@dataclass(frozen=True)
-class ExitSums:
-    """What `SummedExitLoss` sums: the exits' weights ẽ(t, l), and whether the first exit is what the others learn."""
-
-    weights: tuple[float, ...]
-    first_teaches: bool
-    chunk_tokens: int
-
-
-class SummedExitLoss(torch.autograd.Function):
-    """Σ_l ẽ(t, l) · Σ_k CE(g(x_{l+1}), Y) over the labelled rows, whose gradients are taken in the forward pass.
-
-    Each exit's logits are computed once, and live until their gradient has gone through the head: the backward pass
-    merely multiplies what is left, gradients of the head's weights and of the exits' normed states. The last layer's
-    distribution is computed once for a chunk of rows, for its own loss and as the teacher of all exits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, sums: ExitSums, labels_K: Tensor, head_VD: Tensor, *exits_KD: Tensor) -> Tensor:
-        """The loss, in float32 at least; products with the head are in autocast's dtype, if it is on."""
-        device, head = head_VD.device.type, _Head(head_VD, ctx.needs_input_grad[2])
-        gradients_KD = [torch.empty_like(exit_KD) for exit_KD in exits_KD]
-        with torch.autocast(device, enabled=False):
-            rows = zip(
-                *(tensor.split(sums.chunk_tokens) for tensor in (labels_K, *exits_KD, *gradients_KD)), strict=True
-            )
-            losses = [_chunk_loss(sums, head, labels_C, states) for labels_C, *states in rows]
-        ctx.save_for_backward(head.gradient_VD, *gradients_KD)
-        return torch.stack(losses).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times the incoming one."""
-        return None, None, *(None if own is None else own * incoming for own in ctx.saved_tensors)
-
-
-class _Head:
-    """The LM head in the dtype of its products, and the gradient of its weights, in float32 at least."""
-
-    def __init__(self, weight_VD: Tensor, is_trained: bool) -> None:
-        device = weight_VD.device.type
-        is_cast = weight_VD.dtype == torch.float32 and torch.is_autocast_enabled(device)
-        self.weight_VD = weight_VD.to(torch.get_autocast_dtype(device)) if is_cast else weight_VD
-        self.exact = torch.promote_types(weight_VD.dtype, torch.float32)
-        self.gradient_VD = torch.zeros_like(weight_VD, dtype=self.exact) if is_trained else None
-
-    def log_q(self, normed_CD: Tensor) -> Tensor:
-        """log softmax of the logits, (C, V)."""
-        return (normed_CD.to(self.weight_VD.dtype) @ self.weight_VD.T).to(self.exact).log_softmax(-1)
-
-    def back(self, weight: float, gradient_CV: Tensor, normed_CD: Tensor) -> Tensor:
-        """Adds an exit's weighted gradient to that of the weights, and gives that of its normed states, (C, D)."""
-        gradient_CV = gradient_CV.to(self.weight_VD.dtype)
-        if self.gradient_VD is not None:
-            self.gradient_VD.add_(gradient_CV.T @ normed_CD.to(gradient_CV.dtype), alpha=weight)
-        return weight * (gradient_CV @ self.weight_VD)
-
-
-def _chunk_loss(sums: ExitSums, head: _Head, labels_C: Tensor, states: list[Tensor]) -> Tensor:
-    """The weighted loss of all exits at some rows; `states` are theirs, and where the gradients go, each (C, D)."""
-    total, p_CV = labels_C.new_zeros((), dtype=head.exact), None
-    count = len(sums.weights)
-    for weight, normed_CD, into_CD in zip(sums.weights, states[:count], states[count:], strict=True):
-        log_q_CV = head.log_q(normed_CD)
-        if p_CV is not None:
-            loss, gradient_CV = distillation_cross_entropy(log_q_CV, p_CV)
-        else:
-            loss, gradient_CV = cross_entropy(log_q_CV, labels_C)
-            p_CV = log_q_CV.exp_() if sums.first_teaches else None
-        total += weight * loss
-        into_CD.copy_(head.back(weight, gradient_CV, normed_CD))
-        del log_q_CV, gradient_CV  # Before the next exit's are made.
-    return total
-
-
 class EarlyExitLoss:
     """The loss J of section 4.1.2, computed inside the model's `forward` while it trains with labels; removable again.
 
     Inside, because DDP and FSDP prepare the shared norm and head around that call. Only labelled positions reach norm
-    and head, and the logits of one exit at `chunk_tokens` of them live at a time, with those of the last layer where
-    it teaches. The trainer sets `step`.
+    and head, and the logits of one exit at `chunk_tokens` of them live at a time, with the last layer's
+    distribution where it teaches. The trainer sets `step`. With an `anchor`, J has w · KL(untouched model ‖ last layer)
+    beside the exits' losses.
     """
+
+    anchor: Anchor | None = None
 
     def __init__(
         self,
@@ -235,28 +166,36 @@ class EarlyExitLoss:
             if labels is None or not self.model.training:
                 return forward(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
             kwargs |= {"output_hidden_states": True, "use_cache": False}
+            untouched_BTD = self.anchor.states(*args, **kwargs) if self.anchor else None
             hidden_states = self.model.model(*args, **kwargs).hidden_states
-            return CausalLMOutput(loss=self.loss(hidden_states, labels, num_items_in_batch))
+            return CausalLMOutput(loss=self.loss(hidden_states, labels, num_items_in_batch, untouched_BTD))
 
         return forward_with_early_exit_loss
 
     def loss(
-        self, hidden_states: tuple[Tensor, ...], labels_BT: Tensor, num_items_in_batch: Tensor | int | None
+        self,
+        hidden_states: tuple[Tensor, ...],
+        labels_BT: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        untouched_BTD: Tensor | None = None,
     ) -> Tensor:
         """J(X, Y, t) = Σ_l ẽ(t, l) · CE(g(x_{l+1}), Y): the weighted, summed cross-entropies, per labelled token.
 
-        `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed.
+        `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed; `untouched_BTD`
+        is the anchor's x_L.
         """
         labels_N = next_labels(labels_BT)
         labelled_K = (labels_N != IGNORED_LABEL).nonzero().flatten()
         weights, last = self.schedule.at(self.step), self.schedule.num_layers
-        teaches = self.target == "last_layer" and set(weights) != {last}
+        taught = self.schedule.taught(self.target, self.step) if set(weights) != {last} else None
+        anchor = self._anchor_rows(untouched_BTD, labelled_K)
         # The last layer comes first, to teach the others; a teacher that is not trained itself weighs nothing.
-        exits = sorted({*weights, last} if teaches else weights, reverse=True)
+        exits = sorted({*weights, last} if taught or anchor else weights, reverse=True)
         states = [self._normed(hidden_states[exit_layer], exit_layer, labelled_K) for exit_layer in exits]
-        sums = ExitSums(tuple(weights.get(exit_layer, 0.0) for exit_layer in exits), teaches, self.chunk_tokens)
-        if not sums.weights[0]:
+        if taught and not anchor and last not in weights:
             states[0] = states[0].detach()
+        own = tuple(weights.get(exit_layer, 0.0) for exit_layer in exits)
+        sums = ExitSums(own, taught, self.chunk_tokens, anchor)
         total = SummedExitLoss.apply(sums, labels_N[labelled_K], self.model.lm_head.weight, *states)
         return total / (len(labelled_K) if num_items_in_batch is None else num_items_in_batch)
 
@@ -264,3 +203,8 @@ class EarlyExitLoss:
         """What the head reads at the labelled positions, (K, D)."""
         hidden_KD = hidden_BTD.flatten(0, 1)[labelled_K]
         return hidden_KD if exit_layer == self.schedule.num_layers else self.model.model.norm(hidden_KD)
+
+    def _anchor_rows(self, untouched_BTD: Tensor | None, labelled_K: Tensor) -> AnchorRows | None:
+        if self.anchor is None or untouched_BTD is None:
+            return None
+        return AnchorRows(self.anchor.weight, untouched_BTD.flatten(0, 1)[labelled_K], self.anchor.head)

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
-from self_speculation.training.early_exit_loss import ExitSums, SummedExitLoss
+from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, distillation_cross_entropy
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
 
@@ -81,7 +81,7 @@ class ExitAdapterLoss:
         self.model = model
         self.adapter = adapter
         # The last layer teaches, and weighs nothing.
-        self.sums = ExitSums((0.0, 1.0), first_teaches=True, chunk_tokens=chunk_tokens)
+        self.sums = ExitSums((0.0, 1.0), taught=distillation_cross_entropy, chunk_tokens=chunk_tokens)
         self.step = 0
 
     def attach(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, ProgressCallback, TrainingArguments
 
+from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
@@ -20,6 +21,9 @@ from self_speculation.training.muon import MuonWithAdamW
 if TYPE_CHECKING:
     from peft import PeftModel
 
+# Flags that need the weights of a model in one place, and train them.
+WHOLE_MODEL = ("lora_rank", "anchor_weight")
+
 
 def prepared(
     model: LlamaForCausalLM, training: TrainingArguments, layerskip: LayerSkipArguments
@@ -27,12 +31,13 @@ def prepared(
     """The model as it is trained: with adapters, if a rank is given.
 
     Raises:
-        ValueError: LoRA cannot be had, or not with this.
+        ValueError: LoRA or an anchor cannot be had, or not with other flags.
     """
+    chosen = next((flag for flag in WHOLE_MODEL if getattr(layerskip, flag)), None)
+    if chosen and (training.fsdp or training.deepspeed):
+        raise ValueError(f"--{chosen} does not go with --fsdp or --deepspeed.")
     if not layerskip.lora_rank:
         return model
-    if training.fsdp or training.deepspeed:
-        raise ValueError("--lora_rank does not go with --fsdp or --deepspeed.")
     if training.gradient_checkpointing:
         # Frozen embeddings would give layers an input without gradients, which reentrant checkpointing passes over.
         model.enable_input_require_grads()
@@ -66,7 +71,10 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         if adapter is not None:
             return ExitAdapterLoss(self.llama, adapter, own.loss_chunk_tokens)
         schedule = own.exit_schedule(self.llama.config.num_hidden_layers, num_steps)
-        return EarlyExitLoss(self.llama, schedule, own.exit_target, own.loss_chunk_tokens)
+        loss = EarlyExitLoss(self.llama, schedule, own.exit_target, own.loss_chunk_tokens)
+        if own.anchor_weight:
+            loss.anchor = anchored(own.anchor_weight, self.llama, self.adapted)
+        return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the model has its own `forward` again."""

@@ -11,6 +11,8 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
+from self_speculation.training.anchor import anchored
+from self_speculation.training.chunked_loss import acceptance_loss
 from self_speculation.training.early_exit_loss import (
     EarlyExitLoss,
     ExitSchedule,
@@ -190,6 +192,82 @@ def test_loss_and_gradients_equal_the_naive_sum(
         assert actual_gradients.keys() == expected_gradients.keys()
         for name, gradient in expected_gradients.items():
             torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def taught_loss(
+    model: LlamaForCausalLM, batch: dict[str, Tensor], weights: dict[int, float], untouched: LlamaForCausalLM
+) -> Tensor:
+    """Σ_l ẽ(l) · −log Σ_v min(p, q_l) + ẽ(L) · CE(p, Y) + 0.3 · KL(r ‖ p), per labelled token, by autograd."""
+    last = max(ALL_SIX)
+    hidden_states = model.model(batch["input_ids"], output_hidden_states=True).hidden_states
+    labels_N = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].flatten()
+    p_NV = model.lm_head(hidden_states[last]).flatten(0, 1).softmax(-1)
+    r_NV = untouched(batch["input_ids"]).logits.detach().flatten(0, 1).softmax(-1)
+    losses_N = 0.3 * (r_NV * (r_NV.log() - p_NV.log())).sum(-1)
+    for exit_layer, weight in weights.items():
+        if exit_layer == last:
+            own_N = -p_NV.log().gather(1, labels_N.clamp_min(0)[:, None])[:, 0]
+        else:
+            q_NV = model.lm_head(model.model.norm(hidden_states[exit_layer])).flatten(0, 1).softmax(-1)
+            own_N = -torch.minimum(p_NV.detach(), q_NV).sum(-1).log()
+        losses_N = losses_N + weight * own_N
+    return losses_N[labels_N != -100].mean()
+
+
+@pytest.mark.parametrize("strict_rotation", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [4, 512])
+def test_acceptance_and_anchor_equal_the_plain_formulas(
+    make_model: MakeModel, batch: dict[str, Tensor], strict_rotation: bool, chunk_tokens: int
+) -> None:
+    model = make_model().train()
+    exits = schedule(strict_rotation=strict_rotation, acceptance_after=0.5)
+    loss = EarlyExitLoss(model, exits, "acceptance", chunk_tokens)
+    loss.anchor = anchored(0.3, model, None)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    loss.attach()
+    for loss.step in (12, 13, 14):
+        expected = taught_loss(model, batch, exits.at(loss.step), loss.anchor.model)
+        actual = model(**batch).loss
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-10)
+        expected_gradients, actual_gradients = gradients(model, expected), gradients(model, actual)
+        assert actual_gradients.keys() == expected_gradients.keys()
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(actual_gradients[name], gradient, rtol=1e-8, atol=1e-10)
+    assert not any(parameter.requires_grad for parameter in loss.anchor.model.parameters())
+
+
+def test_acceptance_begins_with_the_last_layers_distribution(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    losses = []
+    for target in ("last_layer", "acceptance"):
+        model = make_model().train()
+        loss = attached(model, schedule(acceptance_after=0.3), target)
+        losses.append([])
+        for loss.step in (0, 7, 8, 23):  # Of 24; 30 % are 7.2.
+            losses[-1].append(model(**batch).loss.item())
+    assert [before == after for before, after in zip(*losses, strict=True)] == [True, True, False, False]
+
+
+def test_a_draft_that_is_never_accepted_has_a_finite_loss() -> None:
+    logits_CV = torch.tensor([[0.0, 200.0, -200.0], [0.0, 0.0, 0.0]])
+    p_CV = torch.tensor([[0.0, 0.0, 1.0], [1 / 3, 1 / 3, 1 / 3]])
+    loss, gradient_CV = acceptance_loss(logits_CV.log_softmax(-1), p_CV)
+    assert 80 < loss.item() < 100
+    assert torch.isfinite(gradient_CV).all()
+    assert gradient_CV[1].tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_an_anchor_that_has_not_moved_weighs_nothing(make_model: MakeModel, batch: dict[str, Tensor]) -> None:
+    model = make_model().train()
+    loss = attached(model, schedule())
+    plain = model(**batch).loss
+    expected = gradients(model, plain)
+    loss.anchor = anchored(5.0, model, None)
+    kept = model(**batch).loss
+    assert kept.item() == pytest.approx(plain.item(), rel=1e-12)
+    for name, gradient in gradients(model, kept).items():
+        torch.testing.assert_close(gradient, expected[name])
 
 
 def test_num_items_in_batch_may_be_a_tensor(make_model: MakeModel, batch: dict[str, Tensor]) -> None:

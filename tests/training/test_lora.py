@@ -100,6 +100,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert not (tmp_path / "whole" / "checkpoint-4" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_an_anchor_keeps_the_model_near_what_it_was(
+    tiny: MakeModel, tmp_path: Path, lora_rank: int, make_blocks: MakeBlocks, make_trainer: MakeTrainer
+) -> None:
+    blocks = make_blocks(4)
+    ids_BT = torch.stack([block["input_ids"] for block in blocks])
+    before = tiny().model(ids_BT).last_hidden_state
+    drifts = []
+    for weight in (1e-9, 10.0):
+        layerskip = LayerSkipArguments(
+            p_max=0.5, lora_rank=lora_rank, exit_target="acceptance", anchor_weight=weight, acceptance_after=0.5
+        )
+        trainer = make_trainer(tiny(), tmp_path, blocks, layerskip, max_steps=10)
+        trainer.train()
+        assert torch.equal(trainer.early_exit_loss.anchor.states(ids_BT), before)
+        with torch.no_grad():
+            drifts.append((trainer.llama.eval().model(ids_BT).last_hidden_state - before).norm().item())
+        learning = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        assert learning
+        assert all(("lora_" in name) == bool(lora_rank) for name in learning)
+    assert 0 < drifts[1] < 0.7 * drifts[0]
+
+
 def test_no_adapters_with_fsdp(tiny: MakeModel, tmp_path: Path, layerskip: LayerSkipArguments) -> None:
     training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     training.fsdp = "full_shard"

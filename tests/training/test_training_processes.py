@@ -191,6 +191,7 @@ def test_adapters_train_in_two_processes_like_in_one(flags: list[str], tmp_path:
     run_script([*flags, "--max_steps", "1"])
     # The last layer is dropped at every step: its adapters have no gradients but those that dropout gives them.
     own = ["--model", str(tmp_path / "out"), "--lora_rank", "2", "--p_max", "1.0"]
+    own += ["--exit_target", "acceptance", "--acceptance_after", "0.5", "--anchor_weight", "0.5"]
     run_script([*flags, *own, "--output_dir", str(tmp_path / "one")])
     own += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
     run_script([*flags, *own, "--ddp_find_unused_parameters", "False"], num_processes=2)
