@@ -139,6 +139,8 @@ class GenerationStrategy(ABC):
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
+        # How many tokens of the last prompt were not read again; for conversations.
+        self.num_cached = 0
 
     def prepare(self, request: GenerationRequest) -> None:  # noqa: B027 (most strategies have nothing to do)
         """What is to be done once before requests like this one, outside every measurement: nothing, or compiling."""
@@ -179,10 +181,17 @@ class TokenStreamer:
 
 
 class HuggingfaceLlamaGenerator:
-    """Answers prompts with a model, its tokenizer and a strategy; times, collects and streams the strategy's steps."""
+    """Answers prompts with a model, its tokenizer and a strategy; times, collects and streams the strategy's steps.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strategy: GenerationStrategy) -> None:
+    One that `continues` answers the prompts of a conversation, one at a time: where the strategy can, what a prompt has
+    in common with the one before and its answer is not read again.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, strategy: GenerationStrategy, continues: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
+        self.continues = continues
         self.strategy = strategy
         self.model = strategy.model
 
@@ -236,7 +245,8 @@ class HuggingfaceLlamaGenerator:
     ) -> GenerationRequest:
         """What the strategy is asked for a batch of prompts."""
         rows = [self.encode(prompt) for prompt in prompts]
-        return GenerationRequest(rows, config, self.stop_rule(config), logits_processors or LogitsProcessorList())
+        processors = logits_processors or LogitsProcessorList()
+        return GenerationRequest(rows, config, self.stop_rule(config), processors, self.continues)
 
     def generate(
         self,
