@@ -18,8 +18,8 @@ from self_speculation.prompts.chat_template import ChatTemplate, Message
 class Chat:
     """A conversation in the model's chat template, of which every turn ends where the template ends one.
 
-    The cache keeps what was said. A turn reads what its prompt has beyond the longest beginning that is cached: its own
-    question, and an answer's end where the text of it has other tokens than were generated.
+    The cache keeps what was said. A turn reads what its prompt has beyond the longest beginning that is cached: the
+    end of the last answer and its own question, unless the template changes what was said.
 
     Raises:
         ValueError: the model has no chat template, or not for a system message.
@@ -45,6 +45,8 @@ class Chat:
     def reset(self) -> None:
         """Forget what was said, but for the system message."""
         self.messages: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        # The last prompt and its answer.
+        self.tokens: list[int] = []
         self.num_tokens = 0
 
     @property
@@ -72,8 +74,17 @@ class Chat:
         self.num_tokens = len(prompt)
         if result.tokens:
             self.messages = [*asked, {"role": "assistant", "content": result.text}]
+            self.tokens = prompt + result.tokens
         return result
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens by which the model is asked to go on with these messages."""
-        return self.generator.encode(self.template.text(messages))
+        """The tokens by which the model is asked to go on with these messages: first those of what was said, as it was.
+
+        A tokenizer might write the text of an answer in other tokens than the model did.
+        """
+        text, said = self.template.text(messages), self.template.written(self.tokens)
+        if self.tokens and text.startswith(said):
+            rest = self.generator.tokenizer(text[len(said) :], add_special_tokens=False)["input_ids"]
+            if self.template.written(self.tokens + rest) == text:
+                return self.generator.encode(self.tokens + rest)
+        return self.generator.encode(text)

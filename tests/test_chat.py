@@ -113,6 +113,41 @@ def test_a_continued_conversation_is_the_one_that_is_read_afresh(
 
 
 @each_strategy
+@pytest.mark.parametrize("at_pass", [1, 2, 4, 7])
+def test_an_interruption_in_the_middle_of_a_pass_spoils_nothing(
+    strategy: type[StepwiseStrategy],
+    own: dict[str, Any],
+    at_pass: int,
+    make_model: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Whether some layers have read the prompt, in two passes, or a step's tokens."""
+    model = make_model(eos_token_id=None)
+    passes = itertools.count(1)
+
+    def press(*_: object) -> None:
+        if next(passes) == at_pass:
+            raise KeyboardInterrupt
+
+    config = GenerationConfig(**GREEDY | own, prefill_chunk=8)
+    generator = HuggingfaceLlamaGenerator(tokenizer, strategy(model), continues=True)
+    said = list(range(2, 12))
+    said += generator.generate([said], config)[0].tokens
+    other = said[:-4] + list(range(60, 80))
+    hook = (
+        model.lm_head.register_forward_hook(press)
+        if at_pass > 2
+        else model.model.rotary_emb.register_forward_hook(press)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate([other], config)
+    hook.remove()
+    for prompt in (other, [*said, 50, 40]):
+        [result] = generator.generate([prompt], config)
+        assert result.tokens == fresh(tokenizer, strategy(model), prompt, config).tokens
+
+
+@each_strategy
 def test_a_turn_reads_its_own_tokens_only(
     strategy: type[StepwiseStrategy],
     own: dict[str, Any],
@@ -200,7 +235,8 @@ def test_a_chat_is_the_template_s_conversation(
     messages = [{"role": "system", "content": "Be brief."}]
     for number, question in enumerate(QUESTIONS):
         messages.append({"role": "user", "content": question})
-        prompt = tokenizer(chat.template.text(messages))["input_ids"]
+        prompt = chat.encode(messages)
+        assert tokenizer.decode(prompt) == f"<s>{chat.template.text(messages)}"
         result = chat.say(question)
         assert result.tokens == fresh(tokenizer, strategy(model), prompt, chat.config).tokens
         messages.append({"role": "assistant", "content": result.text})
@@ -209,6 +245,22 @@ def test_a_chat_is_the_template_s_conversation(
         assert bool(chat.num_cached) == bool(number)
     chat.reset()
     assert chat.messages == messages[:1]
+
+
+def test_what_was_said_keeps_its_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Though its text has fewer; where the template or a stop word has changed the text, it is tokenized anew."""
+    chat = Chat(tokenizer, AutoregressiveStrategy(model), GenerationConfig(**GREEDY))
+    letters = tokenizer.convert_tokens_to_ids(list("def"))
+    assert tokenizer("def", add_special_tokens=False)["input_ids"] != letters
+    for text, keeps in (("def", True), ("de", False)):
+        chat.reset()
+        result = chat.answer("Hi", lambda prompt, text=text: GenerationResult(text=text, tokens=letters))
+        said = chat.tokens[: -len(letters)]
+        prompt = chat.encode([*chat.messages, {"role": "user", "content": "Why?"}])
+        assert (prompt[: len(said) + 3] == said + result.tokens) == keeps
+        assert tokenizer.decode(prompt).endswith(
+            f"<|assistant|>\n{text}<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n"
+        )
 
 
 def test_an_answer_ends_at_the_template_s_end_of_turn(

@@ -44,6 +44,10 @@ class ChatTemplate:
             raise ValueError(f"--{self.flag}: the chat template cannot write these messages ({reason}).") from error
         return str(text).removeprefix(self._added_in_front())
 
+    def written(self, tokens: list[int]) -> str:
+        """The text of which these are tokens, as `text` has it."""
+        return str(self.tokenizer.decode(tokens)).removeprefix(self._added_in_front())
+
     def end_of_turn(self) -> int | None:
         """The special token that closes an answer; None if the template has none."""
         asked = [{"role": "user", "content": "?"}]
@@ -73,7 +77,7 @@ class ChatTemplate:
     def _added_in_front(self) -> str:
         """What tokenizing a text puts in front of it, which templates write themselves."""
         added = self.tokenizer("")["input_ids"]
-        return self.tokenizer.decode(added[:1]) if added else ""
+        return str(self.tokenizer.decode(added[:1])) if added else ""
 
 
 def as_chats(examples: list[Example], tokenizer: PreTrainedTokenizerBase, wanted: bool | None = None) -> list[Example]:
