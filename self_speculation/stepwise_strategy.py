@@ -19,7 +19,7 @@ from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import warpers
 from self_speculation.decoding.session import EagerStep, Session, Step
 from self_speculation.decoding.step import EagerPasses, StepPlan
-from self_speculation.decoding.verification import GreedyRule, SamplingRule, VerificationRule
+from self_speculation.decoding.verification import CoupledRule, GreedyRule, SamplingRule, VerificationRule
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
 
 
@@ -109,4 +109,5 @@ def verification_rule(config: GenerationConfig) -> VerificationRule:
     """Greedy decoding, or sampling with the config's filters."""
     if not config.sample:
         return GreedyRule()
-    return SamplingRule(warpers(config.temperature, config.top_k, config.top_p))
+    filters = warpers(config.temperature, config.top_k, config.top_p)
+    return CoupledRule(filters) if config.sampling == "coupled" else SamplingRule(filters)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.sampling import noise
+from self_speculation.decoding.sampling import NUM_STREAMS, noise
 
 
 @dataclass
@@ -39,12 +39,13 @@ class Rows:
     def empty(cls, cache: PositionAddressedCache, num_rows: int, sample: bool) -> "Rows":
         """Room for `num_rows` rows of the cache's capacity, on its device."""
         device, capacity = cache.positions_C.device, cache.capacity
+        shape = (num_rows, capacity, NUM_STREAMS)
         return cls(
             tokens_BC=torch.zeros(num_rows, capacity, dtype=torch.long, device=device),
             lengths_B=torch.zeros(num_rows, dtype=torch.long, device=device),
             limits_B=torch.zeros(num_rows, dtype=torch.long, device=device),
             active_B=torch.zeros(num_rows, dtype=torch.bool, device=device),
-            noise_BCS=torch.zeros(num_rows, capacity, 3, dtype=torch.double, device=device) if sample else None,
+            noise_BCS=torch.zeros(shape, dtype=torch.double, device=device) if sample else None,
             cache=cache,
         )
 
