@@ -20,13 +20,14 @@ OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/fd/", "/proc/self/fd/")
 class Limits:
     """What a setting may be, besides None; the flag that sets it, where that is not the field's own name.
 
-    `masked` takes its secrets out, wherever it is shown.
+    `masked` takes its secrets out, wherever it is shown. A setting that `is_rare` is left out of the shorter help.
     """
 
     at_least: float | None = None
     at_most: float | None = None
     flag: str | None = None
     masked: Callable[[str], str] | None = None
+    is_rare: bool = False
 
 
 def setting(

@@ -75,9 +75,10 @@ class BenchmarkArguments(Settings):
         False,
         help="Where there is neither, run them all the same: with your rights on files and processes, and kept from "
         "the network alone.",
+        is_rare=True,
     )
     resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
-    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1, is_rare=True)
     verbose: bool = setting(False, help="Print every sample's prompt, response and answers.")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 from self_speculation import __version__
 from self_speculation.commands.ending import fail
-from self_speculation.settings import Settings, flag_of, setting
+from self_speculation.settings import Settings, flag_of, limits_of, setting
 
 HELP_WIDTH = 100
 HELP_COLUMN = 32
@@ -33,8 +33,8 @@ def parse(
 ) -> tuple[Any, ...]:
     """One instance of each dataclass from the command line, those of `rare` last.
 
-    `--help` shows a group of flags for each dataclass, but those of `rare` only as `--help_all`. An unknown flag or a
-    bad value is refused.
+    `--help` shows a group of flags for each dataclass; those of `rare`, and settings that are rare themselves, only
+    `--help_all` does. An unknown flag or a bad value is refused.
     """
     given = sys.argv[1:] if args is None else args
     _check_characters(given)
@@ -76,7 +76,7 @@ class _Parser(HfArgumentParser):
     def __init__(
         self, shown: tuple[type, ...], rare: tuple[type, ...], shows_rare: bool, description: str | None
     ) -> None:
-        self.hidden = () if shows_rare else rare
+        self.hidden, self.shows_rare = () if shows_rare else rare, shows_rare
         groups: list[Any] = [*shown, *rare]
         super().__init__(
             groups,
@@ -88,18 +88,18 @@ class _Parser(HfArgumentParser):
         )
         general = self.add_argument_group("Help")
         general.add_argument("-h", "--help", action="help", help="Show this and exit.")
-        if rare:
-            names = " and ".join(one.__name__ for one in rare)
-            general.add_argument("--help_all", action="help", help=f"Show also the flags of transformers' {names}.")
+        names = "".join(f", and those of transformers' {one.__name__}" for one in rare)
+        general.add_argument("--help_all", action="help", help=f"Show also flags that are rarely needed{names}.")
         version = f"layerskip {__version__}"
         general.add_argument("--version", action="version", version=version, help="Show the version and exit.")
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        group: Any = _Flags(self.add_argument_group(group_title(dtype)), is_hidden=dtype in self.hidden)
-        types = get_type_hints(dtype)
+        group, types = self.add_argument_group(group_title(dtype)), get_type_hints(dtype)
         for field in fields(dtype):
             if field.init:
-                self._parse_dataclass_field(group, _as_flag(field, types[field.name]))
+                is_hidden = dtype in self.hidden or (limits_of(field).is_rare and not self.shows_rare)
+                flags: Any = _Flags(group, is_hidden)
+                self._parse_dataclass_field(flags, _as_flag(field, types[field.name]))
 
     def error(self, message: str) -> NoReturn:
         fail(message)

@@ -43,9 +43,12 @@ class GenerationConfig(Settings):
     top_p: float = setting(0.9, help="Sample from the smallest set of at least this probability.")
     no_repeat_ngram_size: int | None = setting(None, help="No n-gram of this size occurs twice.", at_least=1)
     stop_words: list[str] | None = setting(None, help="Strings that end the answer.")
-    stop_token_ids: list[int] | None = setting(None, help="Token ids that end the answer.")
+    stop_token_ids: list[int] | None = setting(None, help="Token ids that end the answer.", is_rare=True)
     prefill_chunk: int | None = setting(
-        None, help="Most prompt tokens read in one pass, to bound memory; all by default.", at_least=1
+        None,
+        help="Most prompt tokens read in one pass, to bound memory; all by default.",
+        at_least=1,
+        is_rare=True,
     )
     compile: Literal["none", "default", "max"] = setting(
         "none",

@@ -60,11 +60,11 @@ class EvalArguments(Settings):
     execute_code_unsafely: bool = setting(
         False, help="Where there is no sandbox, let local_humaneval run it with your rights all the same."
     )
-    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1)
-    random_seed: int = setting(0, help="Seed of Python's random numbers.")
-    numpy_random_seed: int = setting(1234, help="Seed of NumPy's random numbers.")
-    torch_random_seed: int = setting(1234, help="Seed of torch's random numbers.")
-    fewshot_random_seed: int = setting(1234, help="Seed of the choice of solved examples.")
+    rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1, is_rare=True)
+    random_seed: int = setting(0, help="Seed of Python's random numbers.", is_rare=True)
+    numpy_random_seed: int = setting(1234, help="Seed of NumPy's random numbers.", is_rare=True)
+    torch_random_seed: int = setting(1234, help="Seed of torch's random numbers.", is_rare=True)
+    fewshot_random_seed: int = setting(1234, help="Seed of the choice of solved examples.", is_rare=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,16 +46,19 @@ class DatasetArguments(Settings):
     n_shot: int = setting(
         0, help="Solved examples in front of every prompt; of a split of their own, by --seed.", at_least=0
     )
-    template: str | None = setting(None, help="Text around shots and prompt, which stand at {message}.")
+    template: str | None = setting(None, help="Text around shots and prompt, which stand at {message}.", is_rare=True)
     chat_template: bool | None = setting(
         None,
         help="Ask in the model's chat template, in which prompts are a user's messages. Default: for chat_format, "
         "where the model has one and there are no shots.",
     )
-    prompt_field: str = setting("prompt", help="Field of a custom_jsonl row with the prompt.")
-    response_field: str = setting("response", help="Field of a custom_jsonl row with the answer.")
+    prompt_field: str = setting("prompt", help="Field of a custom_jsonl row with the prompt.", is_rare=True)
+    response_field: str = setting("response", help="Field of a custom_jsonl row with the answer.", is_rare=True)
     prompt_words: int = setting(
-        100, help="Words given by cnn_dm_lm and text; texts without any more are left out.", at_least=1
+        100,
+        help="Words given by cnn_dm_lm and text; texts without any more are left out.",
+        at_least=1,
+        is_rare=True,
     )
     max_prompt_tokens: int | None = setting(
         None,
@@ -90,15 +93,15 @@ class TextArguments(Settings):
     exclude: list[str] = setting(default_factory=list, help="Names of folders to leave out, e.g. site-packages.")
     text_field: str = setting("text", help="Field of a JSON line or row that holds the text.")
     hub_dataset: str | None = setting(None, help="Dataset of the hub (or a folder in its layout) to take texts from.")
-    hub_config: str | None = setting(None, help="That dataset's configuration.")
-    hub_split: str = setting("train", help="That dataset's split.")
+    hub_config: str | None = setting(None, help="That dataset's configuration.", is_rare=True)
+    hub_split: str = setting("train", help="That dataset's split.", is_rare=True)
     streaming: bool = setting(False, help="Read --hub_dataset while training, in an order shuffled within a buffer.")
-    stream_held_out: int = setting(100, help="Texts at a stream's beginning to evaluate on.", at_least=1)
+    stream_held_out: int = setting(100, help="Texts at a stream's beginning to evaluate on.", at_least=1, is_rare=True)
     dataset: DatasetName | None = setting(
         None, help="Train on a dataset's prompts and responses, with the loss on the responses."
     )
-    prompt_field: str = setting("prompt", help="Field of a custom_jsonl row with the prompt.")
-    response_field: str = setting("response", help="Field of a custom_jsonl row with the answer.")
+    prompt_field: str = setting("prompt", help="Field of a custom_jsonl row with the prompt.", is_rare=True)
+    response_field: str = setting("response", help="Field of a custom_jsonl row with the answer.", is_rare=True)
     held_out: float = setting(
         0.05, help="Share of the files (or rows) kept for evaluation, where the data has no split for it."
     )

@@ -78,6 +78,16 @@ def test_rare_flags_are_shown_when_all_are_asked_for(capsys: pytest.CaptureFixtu
     assert "--nice_value INT" in text
 
 
+def test_a_rare_setting_is_shown_when_all_are_asked_for(
+    run_script: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module("self_speculation.commands.benchmark").main
+    assert run_script(main, "--help") == 0
+    assert "--prefill_chunk" not in capsys.readouterr().out
+    assert run_script(main, "--help_all") == 0
+    assert "--prefill_chunk INT" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", __main__.VERBS)
 def test_help_is_two_screens(
     verb: str, run_script: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
