@@ -63,9 +63,7 @@ class ModelArguments(Settings):
         "slow in 16 bits.",
     )
     ignore_generation_config: bool = setting(
-        default=False,
-        help="Leave out what the checkpoint's generation_config.json would change about the logits.",
-        is_rare=True,
+        default=False, help="Leave out its generation_config.json's changes of logits.", is_rare=True
     )
 
     def __post_init__(self) -> None:

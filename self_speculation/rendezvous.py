@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 RENDEZVOUS_SECONDS = 120
-RENDEZVOUS_HELP = "Seconds within which every process that torchrun has started must be there."
+RENDEZVOUS_HELP = "Seconds in which all of torchrun's processes must come."
 
 
 @contextmanager
