@@ -1,6 +1,7 @@
 """Pictures of a grid of exit layers and draft lengths, as PNG and PDF: maps, and predicted against measured."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from self_speculation.measuring.cell import Cell
+from self_speculation.writing import naming
 
 CELL_INCHES = (0.85, 0.42)
 
@@ -72,4 +74,8 @@ def save_scatter(predicted: dict[Cell, float], measured: dict[Cell, float], path
 
 def _save(figure: Figure, path: Path) -> None:
     for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=130)
+        # On a full disk matplotlib's writer of PDF fails over its own failure, so it writes to memory.
+        picture = BytesIO()
+        figure.savefig(picture, dpi=130, format=suffix.removeprefix("."))
+        with naming(path.with_suffix(suffix)):
+            path.with_suffix(suffix).write_bytes(picture.getvalue())
