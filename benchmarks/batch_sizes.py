@@ -44,6 +44,7 @@ from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
 from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, setting
@@ -123,6 +124,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
+    examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from self_speculation.api import generate, load
     from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
+    from self_speculation.chat import Chat
     from self_speculation.generator_base import (
         GenerationConfig,
         GenerationResult,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "AutoregressiveStrategy",
+    "Chat",
     "EarlyExitStrategy",
     "GenerationConfig",
     "GenerationResult",
@@ -42,6 +44,7 @@ __all__ = [
 
 _HOMES = {
     "AutoregressiveStrategy": "autoregressive_generator",
+    "Chat": "chat",
     "EarlyExitStrategy": "autoregressive_generator",
     "GenerationConfig": "generator_base",
     "GenerationResult": "generator_base",

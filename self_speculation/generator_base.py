@@ -140,6 +140,8 @@ class GenerationStrategy(ABC):
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model
+        # How many tokens of the last prompt were not read again; for conversations.
+        self.num_cached = 0
 
     def prepare(self, request: GenerationRequest) -> None:  # noqa: B027 (most strategies have nothing to do)
         """What is to be done once before requests like this one, outside every measurement: nothing, or compiling."""
@@ -180,10 +182,17 @@ class TokenStreamer:
 
 
 class HuggingfaceLlamaGenerator:
-    """Answers prompts with a model, its tokenizer and a strategy; times, collects and streams the strategy's steps."""
+    """Answers prompts with a model, its tokenizer and a strategy; times, collects and streams the strategy's steps.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strategy: GenerationStrategy) -> None:
+    One that `continues` answers the prompts of a conversation, one at a time: where the strategy can, what a prompt has
+    in common with the one before and its answer is not read again.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, strategy: GenerationStrategy, continues: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
+        self.continues = continues
         self.strategy = strategy
         self.model = strategy.model
 
@@ -244,7 +253,7 @@ class HuggingfaceLlamaGenerator:
         check_defaults(defaults, config.sample)
         rows = [self.encode(prompt) for prompt in prompts]
         processors = LogitsProcessorList([*default_processors(defaults), *(logits_processors or ())])
-        return GenerationRequest(rows, config, self.stop_rule(config), processors)
+        return GenerationRequest(rows, config, self.stop_rule(config), processors, self.continues)
 
     def generate(
         self,

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 RENDEZVOUS_SECONDS = 120
 RENDEZVOUS_HELP = "Seconds within which every process that torchrun has started must be there."
@@ -24,7 +25,7 @@ def all_present(seconds: int = RENDEZVOUS_SECONDS) -> Iterator[None]:
         return
     limit = timedelta(seconds=seconds)
     try:
-        store, rank, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        store, rank, _ = next(iter(rendezvous("env://", timeout=limit)))
         store.set(f"present/{rank}", "yes")
         store.wait([f"present/{other}" for other in range(num_processes)], limit)
     except dist.DistError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.cache import PositionAddressedCache
+from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
 from self_speculation.decoding.compilation import BACKEND, CompiledSteps
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse
@@ -19,7 +19,7 @@ from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import warpers
 from self_speculation.decoding.session import EagerStep, Session, Step
 from self_speculation.decoding.step import EagerPasses, StepPlan
-from self_speculation.decoding.verification import GreedyRule, SamplingRule, VerificationRule
+from self_speculation.decoding.verification import CoupledRule, GreedyRule, SamplingRule, VerificationRule
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
 
 
@@ -32,6 +32,9 @@ class StepwiseStrategy(GenerationStrategy):
     def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = BACKEND) -> None:
         super().__init__(model)
         self.compiled_steps = CompiledSteps(model, backend)
+        # The rows of a conversation, and by which plan their tokens were cached.
+        self.kept: Rows | None = None
+        self.plan_of_kept: StepPlan | None = None
 
     @abstractmethod
     def plan(self, config: GenerationConfig) -> StepPlan:
@@ -58,9 +61,29 @@ class StepwiseStrategy(GenerationStrategy):
         """Prefill the prompts; the session goes on from there."""
         plan, context = self.plan(request.config), self.model.config.max_position_embeddings
         step = self._step(request, plan)
-        step.rows.begin(request.prompts, request.limits(context), request.config.seed)
-        prefill(self.model, step.rows, plan, request.config.prefill_chunk)
+        rows, limits = step.rows, request.limits(context)
+        known = self._known(request, rows, plan)
+        rows.begin(request.prompts, limits, request.config.seed)
+        # Known at once, lest an interruption in the middle of the prefill makes all of it unknown.
+        rows.known = known
+        prefill(self.model, rows, plan, request.config.prefill_chunk, self.num_cached)
+        if request.continues:
+            rows.known = list(request.prompts[0])
         return Session(request, step, plan.num_speculations, context)
+
+    def _known(self, request: GenerationRequest, rows: Rows, plan: StepPlan) -> list[int]:
+        """What the prompt has in common with the conversation so far; notes how much of it is cached."""
+        self.num_cached = 0
+        if not request.continues:
+            return []
+        if self.kept is not None and self.kept is not rows:
+            rows.take_over(self.kept)
+        if plan != self.plan_of_kept:
+            rows.known = []
+        self.kept, self.plan_of_kept = rows, plan
+        [prompt] = request.prompts
+        self.num_cached = rows.num_cached(prompt)
+        return prompt[: self.num_cached + 1]
 
     @torch.inference_mode()
     def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
@@ -69,14 +92,22 @@ class StepwiseStrategy(GenerationStrategy):
         passes = EagerPasses(self.model, plan, verification_rule(request.config), request.all_processors())
         if request.config.compile != "none" and not passes.processors:
             return self.compiled_steps.get(request, passes)
-        longest = max(request.limits(self.model.config.max_position_embeddings))
-        capacity = longest + plan.num_speculations + 1
+        return EagerStep(passes, self._rows(request, plan))
+
+    def _rows(self, request: GenerationRequest, plan: StepPlan) -> Rows:
+        """Rows for the request: a conversation's own while they have room, else new ones, of twice its size."""
+        capacity = max(request.limits(self.model.config.max_position_embeddings)) + plan.num_speculations + 1
+        if request.continues:
+            if self.kept is not None and self.kept.cache.capacity >= capacity:
+                return self.kept
+            capacity = power_of_two(capacity)
         cache = PositionAddressedCache(num_caches(self.model), capacity, token_device(self.model))
-        return EagerStep(passes, Rows.empty(cache, len(request.prompts), request.config.sample))
+        return Rows.empty(cache, len(request.prompts), request.config.sample)
 
 
 def verification_rule(config: GenerationConfig) -> VerificationRule:
     """Greedy decoding, or sampling with the config's filters."""
     if not config.sample:
         return GreedyRule()
-    return SamplingRule(warpers(config.temperature, config.top_k, config.top_p))
+    filters = warpers(config.temperature, config.top_k, config.top_p)
+    return CoupledRule(filters) if config.sampling == "coupled" else SamplingRule(filters)

@@ -16,6 +16,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file's whole text, in UTF-8."""
+    """The file's whole text, in UTF-8; what was there before stays until all of it is written."""
+    unfinished = path.with_name(f"{path.name}.incomplete")
     with naming(path):
-        path.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)

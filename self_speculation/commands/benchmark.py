@@ -36,6 +36,7 @@ from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.tables import print_figures
 from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import fit, prompt_limit
 from self_speculation.prompts.sources import read_examples
 from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
@@ -154,6 +155,7 @@ def main(probes: Probes = PROBES, pass_costs: TimePasses = measure_passes) -> No
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
+    examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_each_strategy(), advice)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)

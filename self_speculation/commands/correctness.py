@@ -24,6 +24,7 @@ from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport, EquivalenceCheck
 from self_speculation.measuring.tables import plain_table
 from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import by_flag, setting
@@ -86,6 +87,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
+    examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     cells = [
         CellReport(check_exit_layer(exit_layer, model), num_speculations, MOST_TIES.get(model.dtype, 1.0))

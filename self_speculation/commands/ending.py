@@ -24,7 +24,7 @@ MISTAKE = 2
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 # What safetensors and torch say of a full disk; neither raises an OSError.
-FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing file")
+FULL_DISK = ("No space left on device", "PytorchStreamWriter failed writing file", "unexpected pos")
 # What torch says where memory is short: on a GPU, and on the CPU, where it has no error of its own for it.
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

@@ -1,5 +1,7 @@
 """Generate text with self-speculative, autoregressive or early-exit decoding; interactive without a prompt.
 
+Without a prompt, a model with a chat template chats: it remembers what was said.
+
 python generate.py --generation_strategy self_speculative --streamer speculative --prompt "class Stack:"
 torchrun generate.py --model facebook/layerskip-llama3.2-1B --generation_strategy self_speculative
 """
@@ -13,7 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
+from self_speculation.chat import Chat
+from self_speculation.commands.conversation import typed_messages
 from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.commands.interactive import InterruptKey, KeepingStreamer, is_conversation, read_prompts
@@ -36,6 +41,12 @@ class GenerateArguments(Settings):
 
     prompt: str | None = setting(None, help="The prompt; asked for when not given.")
     prompt_file: str | None = setting(None, help="File whose whole text is the prompt.")
+    chat: bool | None = setting(
+        None,
+        help="Ask in the model's chat template, and remember what was said; /help lists what can be typed. Default: "
+        "in an interactive session with a model that has a template.",
+    )
+    system: str | None = setting(None, help="System message of the chat.")
     streamer: Literal["none", "standard", "speculative"] = setting(
         "standard", help="Show the answer when it is complete, as it grows, or with its drafts in colour."
     )
@@ -47,6 +58,8 @@ class GenerateArguments(Settings):
         super().__post_init__()
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other.")
+        if self.system is not None and self.chat is False:
+            raise ValueError("--system is for a chat, and --chat is False.")
         if self.export_svg is not None and not regular_file("export_svg", self.export_svg).parent.is_dir():
             raise ValueError(f"--export_svg {self.export_svg}: there is no such folder.")
 
@@ -54,7 +67,9 @@ class GenerateArguments(Settings):
         """What shows the answer; a prompt that was not typed is shown in front of it."""
         if self.streamer == "none":
             return None
-        shows_prompt = self.prompt is not None or self.prompt_file is not None
+        is_given = self.prompt is not None or self.prompt_file is not None
+        # A chat's prompt has the template around it.
+        shows_prompt = is_given and not self.chat
         if self.streamer == "standard":
             return PlainTextStreamer(shows_prompt=shows_prompt)
         return SpeculativeTextStreamer(shows_prompt=shows_prompt, pause_seconds=DRAFT_SECONDS)
@@ -63,6 +78,12 @@ class GenerateArguments(Settings):
     def is_conversation(self) -> bool:
         """Whether prompts are typed, one after another."""
         return self.prompt is None and self.prompt_file is None and is_conversation()
+
+    def chats(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether this is a chat; asked for, or because somebody types and the model has a template."""
+        if self.chat is None:
+            self.chat = self.system is not None or (self.is_conversation and bool(tokenizer.chat_template))
+        return self.chat
 
     def prompts(self) -> Iterator[str]:
         """The prompt of the command line, or those of standard input."""
@@ -77,29 +98,50 @@ class GenerateArguments(Settings):
             yield from read_prompts()
 
 
-def answer(
-    generator: HuggingfaceLlamaGenerator, prompt: str, config: GenerationConfig, streamer: StepStreamer | None
-) -> tuple[GenerationResult, BaseException | None]:
-    """Answer one prompt on standard output; with what ended it, if Ctrl-C or SIGTERM did, there is only a part."""
-    key = InterruptKey()
-    kept = KeepingStreamer(streamer, key)
-    interruption = None
-    try:
-        with key.listening():
-            [result] = generator.generate([prompt], config, kept)
-    except (KeyboardInterrupt, Terminated) as error:
-        result, interruption = kept.result, error
-        kept.end()
-    if streamer is None:
-        say(result.text)
-    return result, interruption
+@dataclass
+class Respondent:
+    """Answers prompts on standard output: each for itself, or as the turns of a chat."""
+
+    generator: HuggingfaceLlamaGenerator
+    config: GenerationConfig
+    streamer: StepStreamer | None
+    chat: Chat | None = None
+    num_prompt_tokens: int = 0
+    interruption: BaseException | None = None
+
+    def answer(self, prompt: str) -> GenerationResult:
+        """Answer a prompt; if Ctrl-C or SIGTERM ended the answer there is only a part, and `interruption` is kept."""
+        if self.chat:
+            return self.chat.answer(prompt, self._generate)
+        return self._generate(self.generator.encode(prompt))
+
+    def summary(self, result: GenerationResult) -> str:
+        """Time, speed and acceptance of the last answer, in one line."""
+        return summary(result, self.num_prompt_tokens, self.generator.strategy.num_cached)
+
+    def _generate(self, prompt: list[int]) -> GenerationResult:
+        self.num_prompt_tokens, self.interruption = len(prompt), None
+        key = InterruptKey()
+        kept = KeepingStreamer(self.streamer, key)
+        try:
+            with key.listening():
+                [result] = self.generator.generate([prompt], self.config, kept)
+        except (KeyboardInterrupt, Terminated) as error:
+            result, self.interruption = kept.result, error
+            kept.end()
+        if self.streamer is None:
+            say(result.text)
+        return result
 
 
-def summary(result: GenerationResult, num_prompt_tokens: int) -> str:
+def summary(result: GenerationResult, num_prompt_tokens: int, num_cached: int = 0) -> str:
     """Time, speed and acceptance of an answer, in one line."""
     parts = [f"{len(result.tokens)} tokens in {result.seconds:.2f} s"]
+    num_read = num_prompt_tokens - num_cached
+    if num_cached:
+        parts.append(f"prompt of {num_prompt_tokens} tokens, {num_read} read and {num_cached} cached")
     if result.prefill_seconds:
-        parts.append(f"prefill {(num_prompt_tokens - 1) / result.prefill_seconds:.0f} tokens/s")
+        parts.append(f"prefill {(num_read - 1) / result.prefill_seconds:.0f} tokens/s")
     if result.decode_tokens:
         parts.append(f"decode {result.tokens_per_second:.1f} tokens/s")
     if result.acceptance_rate is not None:
@@ -143,24 +185,29 @@ def main() -> None:
     model, tokenizer = load(model_arguments)
     advice = advice_for(model)
     config = fill_in(config, advice, RIVALS)
-    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, RIVALS))
+    strategy = make_strategy(model, config, RIVALS)
     note(describe(config, advice), style="dim")
-    streamer = arguments.make_streamer()
-    for prompt in arguments.prompts():
+    chat = Chat(tokenizer, strategy, config, arguments.system) if arguments.chats(tokenizer) else None
+    if arguments.is_conversation:
+        note("chat: what was said is remembered" if chat else "no chat: each prompt stands for itself", style="dim")
+    generator = chat.generator if chat else HuggingfaceLlamaGenerator(tokenizer, strategy)
+    respondent = Respondent(generator, chat.config if chat else config, arguments.make_streamer(), chat)
+    is_typed = chat is not None and arguments.is_conversation
+    for prompt in typed_messages(chat, note) if chat and is_typed else arguments.prompts():
         try:
-            num_prompt_tokens = len(generator.encode(prompt))
+            result = respondent.answer(prompt)
         except ValueError as error:
             if not arguments.is_conversation:
                 raise
-            note(f"error: {error}")
+            note(f"error: {error}" + (" /reset begins a new conversation." if chat else ""))
             continue
-        result, interruption = answer(generator, prompt, config, streamer)
+        interruption = respondent.interruption
         if result.tokens or not interruption:
             save(result, prompt, log)
             if arguments.export_svg:
-                stop_rule = generator.stop_rule(config)
+                stop_rule = generator.stop_rule(respondent.config)
                 export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
-        note(summary(result, num_prompt_tokens), style="bold")
+        note(respondent.summary(result), style="bold")
         # In a conversation Ctrl-C ends only the answer.
         if interruption and not (arguments.is_conversation and isinstance(interruption, KeyboardInterrupt)):
             raise interruption

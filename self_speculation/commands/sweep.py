@@ -31,6 +31,7 @@ from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.sweep import Mode, SearchPlan, Sweep, search
 from self_speculation.measuring.tables import finalist_table
 from self_speculation.prompts.arguments import DatasetArguments
+from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, flag_of, setting, shown
@@ -126,6 +127,7 @@ def main() -> None:
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load(model_arguments)
+    examples = as_chats(examples, tokenizer, dataset.chat_template)
     cells = arguments.cells(model.config.num_hidden_layers)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.example import Example
 from self_speculation.prompts.fitting import response_pairs
 from self_speculation.prompts.sources import Examples, Stream, Texts
@@ -49,4 +50,5 @@ def _responses(examples: list[Example], tokenizer: PreTrainedTokenizerBase, size
         # All at once is much faster than one by one.
         return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
+    examples = as_chats(examples, tokenizer)
     return Responses(response_pairs(examples, count_tokens, sizes.block_size), tokenizer, sizes.block_size)

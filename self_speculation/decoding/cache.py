@@ -89,6 +89,17 @@ class PositionAddressedCache:
         for buffers in (self.keys, self.values):
             buffers[:] = [None if buffer is None else buffer[index_B.to(buffer.device)] for buffer in buffers]
 
+    def copy_from(self, other: "PositionAddressedCache", length: int) -> None:
+        """Take over the first `length` positions of another cache of the same model and as many rows."""
+        pairs = zip((self.keys, self.values), (other.keys, other.values), strict=True)
+        for layer, (own, others) in ((layer, pair) for pair in pairs for layer in range(len(other.keys))):
+            source = others[layer]
+            if source is not None:
+                target = own[layer]
+                if target is None:
+                    target = own[layer] = source.new_zeros((*source.shape[:2], self.capacity, source.shape[3]))
+                target[:, :, :length] = source[:, :, :length]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers allocated so far."""

@@ -139,7 +139,7 @@ class CompiledSteps:
         config, room = request.config, passes.plan.num_speculations + 1
         longest = max(request.limits(self.model.config.max_position_embeddings))
         rows = self._rows(len(request.prompts), longest, room, config.sample)
-        sampling = (config.temperature, config.top_k, config.top_p) if config.sample else None
+        sampling = (config.sampling, config.temperature, config.top_k, config.top_p) if config.sample else None
         key = (id(rows), sampling, config.compile, passes.plan)
         if key not in self.steps:
             self.steps[key] = CompiledStep(passes, rows, config.compile, self.backend)

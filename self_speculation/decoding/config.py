@@ -33,6 +33,11 @@ class GenerationConfig(Settings):
         "compiled) or hf_early_exit.",
     )
     sample: bool = setting(True, help="Sample; False takes the most probable token.")
+    sampling: Literal["leviathan", "coupled"] = setting(
+        "leviathan",
+        help="leviathan: drafts are accepted by u < p/q. coupled: drafts share the target's noise, and answers are, "
+        "token for token, those of autoregressive decoding with the same seed.",
+    )
     temperature: float = setting(0.6, help="Divides the logits when sampling.")
     top_k: int = setting(0, help="Sample from the k most probable tokens; 0: from all.", at_least=0)
     top_p: float = setting(0.9, help="Sample from the smallest set of at least this probability.")

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from self_speculation.decoding.step import StepPlan
 
 
-def prefill(model: LlamaForCausalLM, rows: Rows, plan: "StepPlan", chunk: int | None = None) -> None:
+def prefill(
+    model: LlamaForCausalLM, rows: Rows, plan: "StepPlan", chunk: int | None = None, num_cached: int = 0
+) -> None:
     """Cache `tokens[:-1]` of every row in the layers of the plan: over right-padded prompts, without LM head.
 
-    In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes.
+    In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes. Of the rows'
+    first `num_cached` tokens all layers have keys and values already.
     """
     longest = int(rows.lengths_B.max()) - 1
     chunk = chunk or max(longest, 1)
-    for first in range(0, longest, chunk):
+    for first in range(num_cached, longest, chunk):
         last = min(first + chunk, longest)
         rows.cache.see(last, is_prefill=first == 0)
         positions_BT = torch.arange(first, last, device=rows.lengths_B.device).expand(len(rows.lengths_B), -1)

@@ -10,12 +10,16 @@ from self_speculation.decoding.stopping import StopReason, StopRule
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A batch of prompts, as token ids, and how to go on from them."""
+    """A batch of prompts, as token ids, and how to go on from them.
+
+    `continues` asks that what the cache holds of one prompt and its answer is kept for the next: for conversations.
+    """
 
     prompts: list[list[int]]
     config: GenerationConfig
     stop_rule: StopRule
     logits_processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    continues: bool = False
 
     def all_processors(self) -> LogitsProcessorList:
         """The config's logits processors, then the caller's."""

@@ -6,13 +6,14 @@ it yet. Prefill makes that true, and every step leaves it true.
 Shapes: B batch, T positions of this call, C capacity, S noise streams.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.sampling import noise
+from self_speculation.decoding.sampling import NUM_STREAMS, noise
 
 
 @dataclass
@@ -21,6 +22,9 @@ class Rows:
 
     `tokens_BC[b, :lengths_B[b]]` are row b's tokens; what lies beyond is stale. Rows advance while `active_B`, never
     past `limits_B`. `noise_BCS` decides the draws at each position; None for greedy decoding.
+
+    `known` are tokens of the only row, all but the last of which are cached: where another prompt begins with them,
+    they need not be read again. It is kept up by who asks for that, and empty otherwise.
     """
 
     tokens_BC: Tensor
@@ -29,22 +33,25 @@ class Rows:
     active_B: Tensor
     noise_BCS: Tensor | None
     cache: PositionAddressedCache
+    known: list[int] = field(default_factory=list)
 
     @classmethod
     def empty(cls, cache: PositionAddressedCache, num_rows: int, sample: bool) -> "Rows":
         """Room for `num_rows` rows of the cache's capacity, on its device."""
         device, capacity = cache.positions_C.device, cache.capacity
+        shape = (num_rows, capacity, NUM_STREAMS)
         return cls(
             tokens_BC=torch.zeros(num_rows, capacity, dtype=torch.long, device=device),
             lengths_B=torch.zeros(num_rows, dtype=torch.long, device=device),
             limits_B=torch.zeros(num_rows, dtype=torch.long, device=device),
             active_B=torch.zeros(num_rows, dtype=torch.bool, device=device),
-            noise_BCS=torch.zeros(num_rows, capacity, 3, dtype=torch.double, device=device) if sample else None,
+            noise_BCS=torch.zeros(shape, dtype=torch.double, device=device) if sample else None,
             cache=cache,
         )
 
     def begin(self, prompts: list[list[int]], limits: list[int], seed: int) -> None:
-        """Put other prompts into the same tensors: what they held before is stale."""
+        """Put other prompts into the same tensors: what they held before is stale, and nothing is known of it."""
+        self.known = []
         capacity = self.tokens_BC.shape[1]
         lengths = [len(prompt) for prompt in prompts]
         self.tokens_BC.copy_(_padded(prompts, capacity))
@@ -53,6 +60,16 @@ class Rows:
         self.active_B.copy_(torch.tensor(lengths) < torch.tensor(limits))
         if self.noise_BCS is not None:
             self.noise_BCS.copy_(noise(seed, prompts, capacity))
+
+    def num_cached(self, prompt: list[int]) -> int:
+        """How many of a prompt's tokens are cached already; its last one is read again in any case."""
+        pairs = zip(self.known[:-1], prompt[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def take_over(self, other: "Rows") -> None:
+        """Go on from what other rows know, whose cache is smaller."""
+        self.cache.copy_from(other.cache, len(other.known))
+        self.known = other.known
 
     def positions(self, count: int) -> Tensor:
         """Positions (B, T) of the pending token and those after it, `count` in all."""

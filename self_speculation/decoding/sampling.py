@@ -2,7 +2,8 @@
 
 Noise is drawn before decoding, per (seed, row, position), so that a row samples the same tokens alone and in a batch,
 and so that a step stays a pure function of tensors. At each position three disjoint streams serve the draft's draw,
-the acceptance test, and the draw of the recovered or bonus token: sharing one would bias the output.
+the acceptance test, and the draw of the recovered or bonus token: sharing one would bias the output. A fourth is the
+key of coupled sampling, which draws one number for each token of the vocabulary.
 
 Shapes: B batch, T positions of this call, C capacity, V vocabulary, S noise streams.
 """
@@ -20,7 +21,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-DRAFT_STREAM, ACCEPT_STREAM, RECOVER_STREAM = range(3)
+DRAFT_STREAM, ACCEPT_STREAM, RECOVER_STREAM, COUPLED_STREAM = range(4)
+NUM_STREAMS = 4
+MASK_32 = 2**32 - 1
 
 
 def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
@@ -35,11 +38,16 @@ def warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList
     return chosen
 
 
+def filtered(logits_BTV: Tensor, filters: LogitsProcessorList) -> Tensor:
+    """Logits behind the filters (B, T, V), in float32 at least; −∞ for tokens that they leave out."""
+    logits_NV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)).flatten(0, 1)
+    # The filters look at logits alone, though the annotation of a list of processors asks for tokens.
+    return filters(None, logits_NV).view_as(logits_BTV)  # type: ignore[arg-type]
+
+
 def probabilities(logits_BTV: Tensor, filters: LogitsProcessorList) -> Tensor:
     """The filtered distribution (B, T, V), in float32."""
-    logits_NV = logits_BTV.float().flatten(0, 1)
-    # The filters look at logits alone, though the annotation of a list of processors asks for tokens.
-    return filters(None, logits_NV).softmax(-1).view_as(logits_BTV)  # type: ignore[arg-type]
+    return filtered(logits_BTV.float(), filters).softmax(-1)
 
 
 def draw(p_BTV: Tensor, uniform_BT: Tensor) -> Tensor:
@@ -50,7 +58,7 @@ def draw(p_BTV: Tensor, uniform_BT: Tensor) -> Tensor:
 
 
 def noise(seed: int, prompts: list[list[int]], capacity: int) -> Tensor:
-    """Uniform numbers in [0, 1), (B, C, S) in float64, that depend on the seed, the row and the position only.
+    """Uniform numbers in [0, 1) of 53 bits, (B, C, S), that depend on the seed, the row and the position only.
 
     A row is told by its prompt and by how many copies of it stand before, whatever else is in the batch.
     """
@@ -59,9 +67,39 @@ def noise(seed: int, prompts: list[list[int]], capacity: int) -> Tensor:
     for prompt in map(repr, prompts):
         row = hashlib.sha256(f"{copies[prompt]}{prompt}".encode()).digest()[:8]
         copies[prompt] += 1
-        bits = np.random.Philox(key=[seed, int.from_bytes(row)])
-        uniforms.append(np.random.Generator(bits).random((capacity, 3)))
+        # As unsigned numbers: a list of Python's would become floats, of which many are equal.
+        bits = np.random.Philox(key=np.array([seed, int.from_bytes(row)], dtype=np.uint64))
+        # Jumped over all that the other streams could draw: before they do, so that the capacity plays no part.
+        coupled = np.random.Generator(bits.jumped()).random((capacity, 1))
+        leviathan = np.random.Generator(bits).random((capacity, COUPLED_STREAM))
+        uniforms.append(np.concatenate([leviathan, coupled], axis=1))
     return torch.from_numpy(np.stack(uniforms))
+
+
+def gumbel(key_BT: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise −log(−log u), (B, T, V) in float64, that depends on the key and the token only.
+
+    u is a hash with 52 bits, never 0 nor 1: with fewer, the greatest of a large vocabulary's would be cut off.
+    """
+    bits_BT1 = (key_BT[..., None] * 2**53).long()
+    low_BT1, high_BT1 = bits_BT1 & MASK_32, bits_BT1 >> 32
+    tokens_V = torch.arange(vocab_size, device=key_BT.device)
+    first_BTV = _mixed(_mixed(tokens_V ^ low_BT1) ^ high_BT1)
+    second_BTV = _mixed(_mixed(first_BTV ^ _mixed(high_BT1 ^ MASK_32)) ^ low_BT1)
+    hashed_BTV = first_BTV << 20 | second_BTV >> 12
+    return -torch.log(-torch.log((hashed_BTV.double() + 0.5) * 2**-52))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers in which each bit depends on all (the hash function lowbias32)."""
+    x = _times(x ^ x >> 16, 0x7FEB352D)
+    x = _times(x ^ x >> 15, 0x846CA68B)
+    return x ^ x >> 16
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """The product's lower 32 bits, by halves, so that 64 bits never overflow: compilers may count on that."""
+    return ((x & 0xFFFF) * factor + (((x >> 16) * factor & 0xFFFF) << 16)) & MASK_32
 
 
 def process_logits(

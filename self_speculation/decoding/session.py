@@ -116,6 +116,8 @@ class Session:
         if 0 in row.is_finite[: len(new)]:
             raise overflown(self.step.passes.model)
         self.generated[prompt] += new
+        if self.request.continues:
+            self.step.rows.known += new
         if reason is None and len(new) == room:
             reason = self.request.limit_reason(prompt, self.context)
         self.ended[prompt] = reason is not None

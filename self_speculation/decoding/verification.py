@@ -2,7 +2,8 @@
 
 With p the target's distribution at the d+1 positions and q the draft's at the d drafted ones, padded with a row of
 zeros: accept while u < p/q, then draw from norm(max(0, p − q)) at the first position not accepted. After d
-acceptances q = 0 there, and the same draw gives the *bonus* token; before, it gives the *recovered* token.
+acceptances q = 0 there, and the same draw gives the *bonus* token; before, it gives the *recovered* token. Coupled
+sampling is a rule of its own.
 
 Shapes: B batch, T = d+1 verified positions, d drafted tokens, V vocabulary, S noise streams.
 """
@@ -17,9 +18,12 @@ from transformers import LogitsProcessorList
 
 from self_speculation.decoding.sampling import (
     ACCEPT_STREAM,
+    COUPLED_STREAM,
     DRAFT_STREAM,
     RECOVER_STREAM,
     draw,
+    filtered,
+    gumbel,
     probabilities,
 )
 
@@ -97,6 +101,32 @@ class SamplingRule:
         tokens_BT = F.pad(draft.tokens_Bd, (0, 1)).scatter(1, last_B1, recovered_B1)
         # A softmax is NaN throughout where any logit is NaN or infinite.
         return Verdict(tokens_BT, accepted_B, p_BTV[..., 0].isfinite())
+
+
+class CoupledRule:
+    """Sampling that is the same token for token, whatever drafts: draft and target share their noise.
+
+    With one Gumbel number g a token, argmax(log p + g) is a draw from p (the Gumbel-max trick). The draft takes
+    argmax(log q + g), and is accepted while that is the target's own draw. So every token is what autoregressive
+    decoding draws with the same seed. A draft is accepted with a probability from (1 − TV)/(1 + TV) to 1 − TV, where
+    TV is the distance ½ Σ|p − q|; by Leviathan's rule it is 1 − TV.
+    """
+
+    def __init__(self, filters: LogitsProcessorList) -> None:
+        self.filters = filters
+
+    def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, None]:
+        """The draft's draw."""
+        return self._perturbed(logits_B1V, noise_B1S).argmax(-1), None
+
+    def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
+        """Greedy decoding of the perturbed logits."""
+        return GreedyRule().judge(draft, self._perturbed(logits_BTV, noise_BTS), None)
+
+    def _perturbed(self, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Tensor:
+        """log p + g, but for a constant, (B, T, V) in float64."""
+        g_BTV = gumbel(_sampled(noise_BTS)[..., COUPLED_STREAM], logits_BTV.shape[-1])
+        return filtered(logits_BTV, self.filters) + g_BTV
 
 
 def accepted_prefix(accepts_Bd: Tensor, lengths_B: Tensor) -> Tensor:

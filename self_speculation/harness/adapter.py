@@ -36,6 +36,7 @@ from transformers import (
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.generator_base import (
     GenerationConfig,
+    GenerationRequest,
     GenerationResult,
     HuggingfaceLlamaGenerator,
     check_exit_layer,
@@ -47,6 +48,7 @@ from self_speculation.harness.scored_requests import Request, batches, share_tex
 from self_speculation.harness.speed_figures import SpeedFigures
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.log_levels import logging_at
+from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.rendezvous import all_present
 from self_speculation.strategies import fill_in, make_strategy
@@ -81,6 +83,7 @@ class LayerSkipLM(HFLM):
         self.generation = config
         self.generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
         self.baseline: HuggingfaceLlamaGenerator | None = None
+        self.judge: Judge | None = None
         self.speed: defaultdict[str, SpeedFigures] = defaultdict(SpeedFigures)
         self.exit_layer = strategy.num_layers(config)
         self.exit_layers = [self.exit_layer]
@@ -169,10 +172,19 @@ class LayerSkipLM(HFLM):
         results, seconds = _timed(self.generator, prompts, config, processors)
         self.speed[self.current_task].add(results, seconds)
         if self.baseline is not None:
-            self.speed[self.current_task].add_baseline(results, *_timed(self.baseline, prompts, config, processors))
+            baseline, seconds = _timed(self.baseline, prompts, config, processors)
+            unequal = self.speed[self.current_task].add_baseline(results, baseline, seconds)
+            if unequal and not config.sample:
+                self._judge(self.baseline.request(prompts, config, processors), results, unequal)
         answers = [torch.tensor(result.tokens, dtype=torch.long, device=context.device) for result in results]
         padding = self.tokenizer.pad_token_id
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=padding)], dim=1)
+
+    def _judge(self, request: GenerationRequest, results: list[GenerationResult], rows: list[int]) -> None:
+        """Count the answers of these rows that differ from the full model's by rounding only."""
+        self.judge = Judge(self.model, request) if self.judge is None else self.judge.of(request)
+        failures = [self.judge.judge(request.prompts[row], results[row].tokens).failures for row in rows]
+        self.speed[self.current_task].baseline_ties += failures.count([])
 
     def _answer_config(self, max_new_tokens: int, stop: list[str], wishes: dict[str, Any]) -> GenerationConfig:
         """Our configuration with what the task (and `--gen_kwargs`) asks for on top."""

@@ -20,6 +20,7 @@ SPEED_COLUMNS = {
     "autoregressive_tokens_per_second": ("autoregressive", "{:.1f}"),
     "speedup": ("speed-up", "{:.2f}"),
     "equal_answers": ("equal", "{:.0f}"),
+    "equal_up_to_rounding": ("up to rounding", "{:.0f}"),
 }
 
 

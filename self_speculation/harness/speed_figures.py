@@ -9,7 +9,8 @@ from self_speculation.generator_base import GenerationResult
 class SpeedFigures:
     """How fast the answers of a task were; with a baseline, also how fast and how equal autoregressive decoding was.
 
-    Times are end to end, prefill and decoding of whole batches, and of several processes the sum.
+    Times are end to end, prefill and decoding of whole batches, and of several processes the sum. `baseline_ties`
+    answers are not equal, but every token of theirs is the full model's up to rounding.
     """
 
     answers: int = 0
@@ -21,6 +22,7 @@ class SpeedFigures:
     baseline_tokens: int = 0
     baseline_seconds: float = 0.0
     baseline_equal: int = 0
+    baseline_ties: int = 0
 
     def add(self, results: list[GenerationResult], seconds: float) -> None:
         """Count a batch of answers."""
@@ -32,11 +34,16 @@ class SpeedFigures:
             self.drafted += result.num_drafted
             self.accepted += result.num_accepted
 
-    def add_baseline(self, results: list[GenerationResult], baseline: list[GenerationResult], seconds: float) -> None:
-        """Count the same batch, decoded autoregressively."""
+    def add_baseline(
+        self, results: list[GenerationResult], baseline: list[GenerationResult], seconds: float
+    ) -> list[int]:
+        """Count the same batch, decoded autoregressively; returns the rows whose answers are not equal."""
         self.baseline_seconds += seconds
         self.baseline_tokens += sum(len(result.tokens) for result in baseline)
-        self.baseline_equal += sum(ours.tokens == other.tokens for ours, other in zip(results, baseline, strict=True))
+        pairs = enumerate(zip(results, baseline, strict=True))
+        unequal = [row for row, (ours, other) in pairs if ours.tokens != other.tokens]
+        self.baseline_equal += len(results) - len(unequal)
+        return unequal
 
     def __add__(self, other: "SpeedFigures") -> "SpeedFigures":
         return SpeedFigures(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
@@ -56,4 +63,5 @@ class SpeedFigures:
             found["autoregressive_tokens_per_second"] = self.baseline_tokens / self.baseline_seconds
             found["speedup"] = self.baseline_seconds / self.seconds
             found["equal_answers"] = self.baseline_equal
+            found["equal_up_to_rounding"] = self.baseline_equal + self.baseline_ties
         return found

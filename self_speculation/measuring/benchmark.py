@@ -103,9 +103,7 @@ class Benchmark:
         for name, own in rounds.items():
             contestant = self.contestants[name]
             texts = [m.text for m in own[0].measurements]
-            scores = {key: value for score in scorers for key, value in score(texts, self.examples).items()}
-            if judge is not None and contestant.num_layers == self.model.config.num_hidden_layers:
-                scores |= self._judged(judge, own[0])
+            is_whole = contestant.num_layers == self.model.config.num_hidden_layers
             figures[name] = StrategyFigures(
                 comparison=Comparison.of(own, rounds[baseline]),
                 speedup_over=baseline,
@@ -114,7 +112,8 @@ class Benchmark:
                 peak_memory_bytes=peaks[name],
                 bandwidth_share=ceiling.share(own, contestant),
                 ideal_decode_speedup=ideals.get(name),
-                scores=scores,
+                scores={key: value for score in scorers for key, value in score(texts, self.examples).items()},
+                judged=self._judged(judge, own[0]) if judge is not None and is_whole else {},
             )
         return figures
 
@@ -158,7 +157,7 @@ class Benchmark:
             return None
         return Judge(self.model, contestant.generator.request([], contestant.config))
 
-    def _judged(self, judge: Judge, one: Round) -> dict[str, float]:
+    def _judged(self, judge: Judge, one: Round) -> dict[str, int]:
         """How many tokens of a round are the full model's greedy ones, up to rounding, and how many are not."""
         pairs = zip(self.prompts, one.measurements, strict=True)
         judgements = [judge.judge(prompt, measurement.tokens) for prompt, measurement in pairs]

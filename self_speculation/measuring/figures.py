@@ -218,7 +218,8 @@ def rounded(value: Any) -> Any:
 class StrategyFigures:
     """All that is known of a strategy. None where it does not apply, and then absent in files.
 
-    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow.
+    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow; `judged`, how many tokens are
+    the full model's.
     """
 
     comparison: Comparison
@@ -229,6 +230,7 @@ class StrategyFigures:
     bandwidth_share: float | None = None
     ideal_decode_speedup: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    judged: dict[str, int] = field(default_factory=dict)
 
     @property
     def share_of_ideal(self) -> float | None:
@@ -248,4 +250,5 @@ class StrategyFigures:
             | {"exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
             | self.scores
             | ({} if self.ideal_decode_speedup is None else ideal)
+            | self.judged
         )

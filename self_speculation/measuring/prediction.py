@@ -20,7 +20,7 @@ from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.early_exit import forward_adapter, forward_exits, head_logits
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.sampling import probabilities, process_logits, warpers
+from self_speculation.decoding.sampling import noise, probabilities, process_logits, warpers
 from self_speculation.exit_adapter import exit_adapter
 from self_speculation.generator_base import (
     GenerationConfig,
@@ -31,6 +31,7 @@ from self_speculation.generator_base import (
 from self_speculation.measuring.acceptance import step_counts
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.pass_costs import PassCosts
+from self_speculation.stepwise_strategy import verification_rule
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,13 @@ def acceptance_chances(
 ) -> NDArray[np.float64]:
     """How likely each token of the full model's answer is to be accepted as a draft of each exit layer, (E, N).
 
+<<<<<<< HEAD
     Greedy: whether the exit's most probable token is the answer's. Sampling: the overlap Σ min(p, q). Exits draft with
     the tokens of `draft_vocab` alone, if it is set.
+=======
+    Greedy, and coupled sampling: whether the exit's draft is the answer's token. Leviathan's sampling: the overlap
+    Σ min(p, q).
+>>>>>>> main
     """
     fuse(model)
     config = request.config
@@ -97,9 +103,17 @@ def acceptance_chances(
         processors = request.all_processors()
         return process_logits(logits_1NV, processors, tokens_1T, positions_1N) if processors else logits_1NV
 
+<<<<<<< HEAD
     if not config.sample:
         agrees = [logits(exit_layer, draft_head).argmax(-1) == tokens_1T[:, first + 1 :] for exit_layer in exit_layers]
         return torch.cat(agrees).double().cpu().numpy()
+=======
+    if not config.sample or config.sampling == "coupled":
+        rule = verification_rule(config)
+        noise_1NS = noise(config.seed, request.prompts, tokens_1T.shape[1])[:, first + 1 :].to(tokens_1T.device)
+        drafts = [rule.propose(logits(exit_layer), noise_1NS)[0] for exit_layer in exit_layers]
+        return (torch.cat(drafts) == tokens_1T[:, first + 1 :]).double().cpu().numpy()
+>>>>>>> main
     filters = warpers(config.temperature, config.top_k, config.top_p)
     p_1NV = probabilities(logits(len(states)), filters)
     overlaps = [

@@ -219,6 +219,8 @@ class Delivery:
 class DeliveryWatcher(BaseStreamer):
     """Notes when tokens are delivered, and the logits of the last ones: NaN in a layer is NaN from there on."""
 
+    last_logits: Tensor
+
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.tokens: list[list[list[int]]] = []

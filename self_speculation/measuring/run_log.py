@@ -17,7 +17,7 @@ from self_speculation.writing import naming
 Parsed = TypeVar("Parsed")
 
 # Arguments that may differ between a run and its resumption.
-FREE_ARGUMENTS = ("resume", "verbose", "output_dir", "rendezvous_timeout")
+FREE_ARGUMENTS = ("resume", "verbose", "output_dir", "rendezvous_timeout", "judge")
 
 # What a run writes after its name, and the number of a run that was set aside.
 FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.(json|jsonl|csv|md|png|pdf)"
@@ -129,15 +129,13 @@ class RunLog:
         """
         content = self.log.read_bytes()
         *lines, end = content.split(b"\n")
-        whole = []
-        for number, line in enumerate(lines, start=1):
-            if not _is_torn(line):
-                self._parsed(number, line, lambda values: values)
-                whole.append(line)
+        whole = [(number, line) for number, line in enumerate(lines, start=1) if not _is_torn(line)]
         if end or len(whole) < len(lines):
+            for number, line in whole:
+                self._parsed(number, line, lambda values: values)
             unfinished = self.log.with_suffix(".jsonl.incomplete")
             with naming(self.log):
-                unfinished.write_bytes(b"".join(line + b"\n" for line in whole))
+                unfinished.write_bytes(b"".join(line + b"\n" for _, line in whole))
                 unfinished.replace(self.log)
 
 
@@ -153,7 +151,10 @@ def set_aside(folder: Path, name: str) -> None:
 
 def _json_object(content: bytes) -> dict[str, Any]:
     """A JSON object; raises ValueError if it is anything else."""
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("Nested too deeply.") from error
     if not isinstance(value, dict):
         raise ValueError("Not a JSON object.")
     return value
@@ -163,6 +164,6 @@ def _is_torn(line: bytes) -> bool:
     """Whether a line begins as ours do, and does not end so."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.startswith(b"{")
     return False

@@ -100,6 +100,10 @@ def _score(name: str, style: str) -> Column:
     return lambda figures: styled(figures.scores.get(name), style)
 
 
+def _judged(name: str) -> Column:
+    return lambda figures: styled(figures.judged.get(name), "{:.0f}")
+
+
 SPEED_COLUMNS: dict[str, Column] = {
     "E, d": _cell,
     "tokens/s": _time("tokens_per_second", "{:.1f}"),
@@ -126,6 +130,6 @@ TEXT_COLUMNS: dict[str, Column] = {
     "exact\nmatch": _score("exact_match", "{:.1%}"),
     "edit\ndistance": _score("edit_distance", "{:.1f}"),
     "pass@1": _score("pass_at_1", "{:.1%}"),
-    "within\nrounding": _score("tokens_within_rounding", "{:.0f}"),
-    "wrong\ntokens": _score("wrong", "{:.0f}"),
+    "within\nrounding": _judged("tokens_within_rounding"),
+    "wrong\ntokens": _judged("wrong"),
 }

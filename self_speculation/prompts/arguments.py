@@ -47,6 +47,11 @@ class DatasetArguments(Settings):
         0, help="Solved examples in front of every prompt; of a split of their own, by --seed.", at_least=0
     )
     template: str | None = setting(None, help="Text around shots and prompt, which stand at {message}.")
+    chat_template: bool | None = setting(
+        None,
+        help="Ask in the model's chat template, in which prompts are a user's messages. Default: for chat_format, "
+        "where the model has one and there are no shots.",
+    )
     prompt_field: str = setting("prompt", help="Field of a custom_jsonl row with the prompt.")
     response_field: str = setting("response", help="Field of a custom_jsonl row with the answer.")
     prompt_words: int = setting(

@@ -22,6 +22,8 @@ class Example:
     # Solved examples as text; the last is next to the row's own text.
     shots: tuple[str, ...] = ()
     template: str = "{message}"
+    # The role and the text of each turn before the response, where the row is a conversation.
+    turns: tuple[tuple[str, str], ...] = ()
     # The source row, and the file and line it comes from.
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     place: str = field(default="", compare=False)

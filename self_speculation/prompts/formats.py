@@ -48,7 +48,8 @@ def _chat_format(row: Row, place: str, arguments: DatasetArguments) -> Example:
     question = max(num_system, answer - 1)
     texts = [f"{role.capitalize()}: {text}\n" for role, text in turns]
     before, body, after = texts[:num_system], texts[num_system:question], [*texts[question:answer], "Assistant:"]
-    return Example("".join(before), " " + turns[answer][1], "".join(body), "".join(after), keep_end=True)
+    said = tuple((role, text) for role, (_, text) in zip(roles, turns[:answer], strict=False))
+    return Example("".join(before), " " + turns[answer][1], "".join(body), "".join(after), keep_end=True, turns=said)
 
 
 def _turns(row: Row, place: str) -> list[tuple[str, str]]:

@@ -130,7 +130,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _check_state(path: Path) -> None:
     try:
         step = TrainerState.load_from_json(str(path)).global_step
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path) from error
     if not isinstance(step, int):
         raise _damaged(path)

@@ -121,7 +121,7 @@ def read_record(folder: Path) -> RunRecord | None:
     try:
         record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
         is_whole = isinstance(record.arguments, dict) and isinstance(record.contents, dict)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise _damaged(path) from error
     if not is_whole:
         raise _damaged(path)

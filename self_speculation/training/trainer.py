@@ -95,7 +95,8 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         """Let no progress bar that was cut short be drawn once more, under what is said of the reason."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):
-                for bar in filter(None, (callback.training_bar, callback.prediction_bar)):
+                bars: list[Any] = [callback.training_bar, callback.prediction_bar]
+                for bar in filter(None, bars):
                     bar.close()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

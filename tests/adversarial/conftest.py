@@ -1,35 +1,21 @@
 """A folder for each input: a tiny model, data, finished results, and paths with which something is wrong."""
 
-import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
-import lm_eval.tasks.manager
 import numpy as np
 import pytest
-from inputs import DATA, FOLDERS, LINES, LINKS, PIPES, PROGRAMS, RECIPE, SOUND, TASK, Files, Input
+from inputs import DATA, FOLDERS, LINES, LINKS, PIPES, RECIPE, SOUND, TASK, Files, Input
+from places import CHOICE, PARSE, in_quick_children, main_of, snapshot
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.measuring.probes import Probes
-
-Snapshot = dict[str, bytes]
-QUICK = Probes(bytes_per_second=lambda device: 1e10, live_bytes=lambda: 12345)
-CHOICE = {"question": "a", "choices": ["b", "c"], "label": 0}
-
-
-def main_of(program: str) -> Callable[[], None]:
-    """A program's `main`; lm-eval does not list its own tasks, and memory is not measured: both take seconds."""
-
-    def main() -> None:
-        lm_eval.tasks.manager.__file__ = os.path.abspath("bad/empty/manager.py")
-        PROGRAMS[program].main(*([QUICK] if program == "benchmark" else []))
-
-    return main
+# Children are watched by what only Linux has.
+collect_ignore_glob = [] if sys.platform == "linux" else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
@@ -98,29 +84,23 @@ def make_place(template: Path, tmp_path: Path) -> Callable[[Input], Path]:
     return make
 
 
-@contextmanager
-def in_quick_children() -> Iterator[None]:
-    """While this lasts, garbage collection in children does not copy what they share with their parent."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture
+def fresh(template: Path, tmp_path: Path) -> Callable[[], Path]:
+    """A function that makes a folder with model and data, and without results."""
 
+    def make() -> Path:
+        place = tmp_path / "place"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(template, place, ignore=shutil.ignore_patterns("logs", "out", "tokens"))
+        rows = [{"prompt": f"def f{number}(a):", "response": "x"} for number in range(4)]
+        for path, lines in {
+            "rows.jsonl": rows,
+            "data/multiple_choice/piqa.jsonl": [CHOICE | {"question": f"a{number}"} for number in range(6)],
+            "data/topv2/train.jsonl": [PARSE | {"utterance": f"b{number}"} for number in range(4)],
+            "data/topv2/test.jsonl": [PARSE | {"utterance": f"c{number}"} for number in range(4)],
+        }.items():
+            (place / path).parent.mkdir(exist_ok=True)
+            (place / path).write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+        return place
 
-def snapshot(folder: Path) -> Snapshot:
-    """Every regular file below a folder, but not what links lead to."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(".std")
-    }
-
-
-def harmed(before: Snapshot, after: Snapshot) -> list[str]:
-    """Finished results whose bytes are nowhere any more; a file of lines may have been gone on with."""
-    kept = set(after.values())
-    return [
-        path
-        for path, content in before.items()
-        if content not in kept and not after.get(path, b"").startswith(content or b"-")
-    ]
+    return make

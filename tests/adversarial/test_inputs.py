@@ -9,9 +9,9 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import harmed, in_quick_children, main_of, snapshot
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from inputs import PROGRAMS, SOUND, Files, Input, inputs
+from inputs import PROGRAMS, SOUND, Damaged, Files, Input, inputs
+from places import harmed, in_quick_children, main_of, snapshot
 
 REFUSED, INTERRUPTED = 2, 130
 BAR = re.compile(r"\r[^\r\n]*(it/s|s/it|\?it/s)\]")
@@ -24,6 +24,20 @@ NAMED = re.compile(
     r"|\b[\w-]+\.(jsonl?|csv|txt|parquet|yaml|npy|py)\b"
     r"|standard (input|output)"
 )
+DEEP = b'{"a":' * 50_000
+# Files by which a promise was once broken: tracebacks, and a log that was rewritten before it was refused.
+FOUND = {
+    "deep results": ("benchmark", "--resume True", Damaged("logs/benchmark.json", DEEP)),
+    "deep line": ("sweep", "--resume True", Damaged("logs/sweep.jsonl", b"{}\n" + DEEP + b"\n7\n")),
+    "log in UTF-16": ("sweep", "--resume True", Damaged("logs/sweep.jsonl", '{"cell": null}\n7\n'.encode("utf-16-le"))),
+    "deep record": ("train", "--resume_from_checkpoint True", Damaged("out/layerskip_run.json", DEEP)),
+    "deep state": (
+        "train",
+        "--resume_from_checkpoint True",
+        Damaged("out/checkpoint-2/trainer_state.json", DEEP),
+    ),
+    "no first or last token": ("eval", "", Damaged("model/tokenizer_config.json", None)),
+}
 Attempt = Callable[[Input], tuple[forked.Outcome, str]]
 
 
@@ -105,6 +119,12 @@ def check(program: str, count: int, tried: Attempt, sound: Files) -> None:
         survey.extend(program, part, min(PART, count - first), tried, sound)
     print(f"{program}: {dict(survey.counts)}")
     assert not survey.failures, "\n\n".join(survey.failures)
+
+
+@pytest.mark.parametrize(("program", "flags", "file"), FOUND.values(), ids=FOUND)
+def test_what_was_found_is_refused(program: str, flags: str, file: Damaged, tried: Attempt) -> None:
+    ended, broken = tried(Input(program, (*SOUND[program].split(), *flags.split()), (file,)))
+    assert (ended.code, broken) == (REFUSED, ""), ended.errors
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

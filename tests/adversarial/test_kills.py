@@ -6,7 +6,6 @@
 import json
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import forked
 import pytest
-from conftest import CHOICE, in_quick_children, main_of
+from places import in_quick_children, main_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +32,6 @@ RUNS = {
     "--token_cache tokens --max_steps 8 --save_steps 1 --save_total_limit 2 --disable_tqdm True --p_max 0.5",
 }
 GO_ON = {"benchmark": "--resume True", "sweep": "--resume True", "train": "--resume_from_checkpoint True", "eval": ""}
-PARSE = {"domain": "d", "utterance": "a", "semantic_parse": "[IN:GET a ]"}
 
 
 def counted(value: Any) -> Any:
@@ -83,28 +81,6 @@ RESULTS_OF = {
     "eval": eval_results,
     "train": train_results,
 }
-
-
-@pytest.fixture
-def fresh(template: Path, tmp_path: Path) -> Callable[[], Path]:
-    """A function that makes a folder with model and data, and without results."""
-
-    def make() -> Path:
-        place = tmp_path / "place"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(template, place, ignore=shutil.ignore_patterns("logs", "out", "tokens"))
-        rows = [{"prompt": f"def f{number}(a):", "response": "x"} for number in range(4)]
-        for path, lines in {
-            "rows.jsonl": rows,
-            "data/multiple_choice/piqa.jsonl": [CHOICE | {"question": f"a{number}"} for number in range(6)],
-            "data/topv2/train.jsonl": [PARSE | {"utterance": f"b{number}"} for number in range(4)],
-            "data/topv2/test.jsonl": [PARSE | {"utterance": f"c{number}"} for number in range(4)],
-        }.items():
-            (place / path).parent.mkdir(exist_ok=True)
-            (place / path).write_text("".join(f"{json.dumps(row)}\n" for row in lines))
-        return place
-
-    return make
 
 
 @pytest.fixture(autouse=True)

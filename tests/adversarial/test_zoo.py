@@ -7,8 +7,8 @@ from pathlib import Path
 
 import forked
 import pytest
-from conftest import in_quick_children, main_of
 from inputs import PROGRAMS, READS_MODEL, SOUND
+from places import in_quick_children, main_of
 from safetensors.torch import load_file, save_file
 from test_pretrained import CONFIGURATIONS, DAMAGES, FILES, TRUNCATIONS, change_config
 

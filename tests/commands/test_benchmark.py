@@ -42,6 +42,7 @@ COUNTS = (
     "mean_tokens_per_step",
     "acceptance_by_position",
 )
+JUDGED = ("tokens_judged", "tokens_within_rounding", "wrong")
 TEXT = ("rouge1", "rouge2", "rouge3", "rougeL", "exact_match", "edit_distance", "bleu")
 TIMES = (
     "tokens_per_second",
@@ -117,6 +118,7 @@ def keys_of(strategy: str) -> tuple[str, ...]:
         "num_speculations",
         *TEXT,
         *(("ideal_decode_speedup", "share_of_ideal") if strategy == "self_speculative" else ()),
+        *(JUDGED if strategy in LOSSLESS else ()),
     )
 
 
@@ -157,6 +159,8 @@ def test_all_strategies(run_benchmark: Callable[..., dict[str, Any]], tmp_path: 
         assert len({tuple(line["strategies"][name]["tokens"]) for name in LOSSLESS}) == 1
         assert len({line["strategies"][name]["text"] for name in LOSSLESS}) == 1
         assert line["strategies"]["early_exit"]["tokens"] != line["strategies"]["autoregressive"]["tokens"]
+    for name in LOSSLESS:
+        assert [figures[name][key] for key in JUDGED] == [figures[name]["tokens"], 0, 0]
     drafts = [{key: figures[name][key] for key in COUNTS} for name in ("self_speculative", "hf_early_exit")]
     assert drafts[0] == drafts[1]
 

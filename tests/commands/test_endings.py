@@ -314,7 +314,7 @@ def test_a_process_that_never_comes_is_missed_in_a_sentence(
         path.parent.mkdir()
         path.write_text('{"question": "a", "choices": ["b", "c"], "label": 0}\n' * 4)
     process = start(script, *flags, "--rendezvous_timeout", 2, env=os.environ | own)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=240)[1]
     assert process.returncode == 2, errors
     assert errors.splitlines()[-1].startswith("error: --rendezvous_timeout: not all of 2 processes")
     assert "Traceback" not in errors

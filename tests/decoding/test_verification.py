@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.sampling import ACCEPT_STREAM, DRAFT_STREAM, RECOVER_STREAM, noise, warpers
+from self_speculation.decoding.sampling import ACCEPT_STREAM, DRAFT_STREAM, NUM_STREAMS, RECOVER_STREAM, noise, warpers
 from self_speculation.decoding.verification import (
     Draft,
     GreedyRule,
@@ -230,4 +230,4 @@ def test_noise_streams_are_disjoint() -> None:
     noise_1TS[0, 1, RECOVER_STREAM] = 0.0
     assert verify_one(Q, P, [0, 1], noise_1TS) == [0, 0]
     assert len({DRAFT_STREAM, ACCEPT_STREAM, RECOVER_STREAM}) == 3
-    assert len(noise(0, [[1], [1]], 50).unique()) == 2 * 50 * 3
+    assert len(noise(0, [[1], [1]], 50).unique()) == 2 * 50 * NUM_STREAMS

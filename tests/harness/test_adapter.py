@@ -169,11 +169,23 @@ def test_speed_is_counted_for_each_task_with_its_baseline(make_lm: MakeLm) -> No
     assert [lm.speed[name].answers for name in ("task", "other")] == [2, 1]
     found = lm.speed["other"].summary()
     assert found["tokens"] == 7
-    assert found["equal_answers"] == 1
+    assert found["equal_answers"] == found["equal_up_to_rounding"] == 1
     assert found["speedup"] == pytest.approx(found["tokens_per_second"] / found["autoregressive_tokens_per_second"])
     assert 0 <= found["acceptance_rate"] <= 1
     both = lm.speed["task"] + lm.speed["other"]
     assert (both.answers, both.steps) == (3, lm.speed["task"].steps + lm.speed["other"].steps)
+
+
+def test_answers_that_rounding_does_not_explain_are_not_equal_up_to_it(make_lm: MakeLm) -> None:
+    """Early exit's differ from the full model's by more."""
+    lm = make_lm(generation_strategy="early_exit", exit_layer=2)
+    lm.measure_speedup()
+    lm.generate_until(prompts(), True)
+    found = lm.speed["task"].summary()
+    assert found["equal_up_to_rounding"] == found["equal_answers"] < found["answers"]
+    assert lm.speed["task"].baseline_seconds > 0
+    explained = lm.speed["task"] + SpeedFigures(baseline_ties=2)
+    assert explained.summary()["equal_up_to_rounding"] == found["equal_answers"] + 2
 
 
 def test_speed_figures_are_what_they_say() -> None:

@@ -50,12 +50,14 @@ def logits_of(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> 
     return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
 
 
-def bounds_of(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def bounds_of(
+    model: LlamaForCausalLM, exact: LlamaForCausalLM, prompt: list[int], tokens: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (T, V) in float32 at least, and the bounds (T) of their rounding."""
     own_TV = logits_of(model, prompt, tokens)
     if model.dtype.itemsize > 2:
         return own_TV, 4 * torch.finfo(model.dtype).eps * own_TV.abs().amax(-1)
-    exact_TV = logits_of(copy.deepcopy(model).float(), prompt, tokens)
+    exact_TV = logits_of(exact, prompt, tokens)
     return exact_TV, 8 * (own_TV - exact_TV).std(-1)
 
 
@@ -71,11 +73,12 @@ def test_a_runner_up_at_three_times_the_bound_is_found_in_every_answer(
     generator, prompts = generator_of(model, tokenizer), make_prompts(2 * NUM_ANSWERS)
     judge = Judge(model, generator.request([], GREEDY))
     answers = zip(prompts, answers_of(generator, prompts, GREEDY), strict=True)
+    exact = copy.deepcopy(model).to(torch.promote_types(dtype, torch.float32))
     num_faults = 0
     while num_faults < NUM_ANSWERS:
         prompt, answer = next(answers)
         assert not judge.judge(prompt, answer).failures
-        logits_TV, bounds_T = bounds_of(model, prompt, answer)
+        logits_TV, bounds_T = bounds_of(model, exact, prompt, answer)
         (best_T, second_T), (_, runner_up_T) = (values_T2.unbind(-1) for values_T2 in logits_TV.topk(2))
         margins_T = best_T - second_T
         places = ((margins_T >= 3 * bounds_T) & (runner_up_T != 1)).nonzero().flatten().tolist()
@@ -104,7 +107,7 @@ def test_a_token_within_rounding_is_a_tie(
         judge = Judge(model, generator.request([], config))
         [found] = judge.judge(prompt, [rival]).differences
         assert (found.expected_token, found.actual_token, found.is_tie) == (token, rival, is_tie)
-        [[logits_V], [bound]] = bounds_of(model, prompt, [rival])
+        [[logits_V], [bound]] = bounds_of(model, copy.deepcopy(model).float(), prompt, [rival])
         assert found.margin == pytest.approx(float(logits_V[token] - logits_V[rival]), rel=1e-3)
         assert found.tolerance == pytest.approx(float(bound), rel=1e-3)
 

@@ -1,0 +1,174 @@
+"""Coupled sampling: token for token what autoregressive decoding draws, and a draw from the target's distribution."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from self_speculation.autoregressive_generator import AutoregressiveStrategy
+from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, gumbel, noise, warpers
+from self_speculation.decoding.verification import CoupledRule, Draft
+from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
+from self_speculation.measuring.prediction import acceptance_chances
+from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.stepwise_strategy import StepwiseStrategy
+
+PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12], [3]]
+RULE = CoupledRule(warpers(temperature=1.0, top_k=0, top_p=1.0))
+VOCABULARY = 6
+
+MakeModel = Callable[..., LlamaForCausalLM]
+
+
+def config(**fields: object) -> GenerationConfig:
+    fields = {"exit_layer": 2, "num_speculations": 3, "temperature": 1.3, "top_p": 0.95, "seed": 5} | fields
+    return GenerationConfig(max_new_tokens=24, sample=True, sampling="coupled", **fields)
+
+
+def run(
+    strategy: StepwiseStrategy, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], **fields: object
+) -> list[GenerationResult]:
+    return HuggingfaceLlamaGenerator(tokenizer, strategy).generate(prompts, config(**fields))
+
+
+def tokens_of(results: list[GenerationResult]) -> list[list[int]]:
+    return [result.tokens for result in results]
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3, 5, 6])
+@pytest.mark.parametrize("num_speculations", [0, 1, 4, 9])
+def test_answers_are_those_of_autoregressive_decoding(
+    exit_layer: int, num_speculations: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Whatever drafts, alone and in a ragged batch, with the same seed; equal prompts draw their own."""
+    expected = run(AutoregressiveStrategy(model), tokenizer, PROMPTS)
+    fields = {"exit_layer": exit_layer, "num_speculations": num_speculations}
+    together = run(SelfSpeculativeStrategy(model), tokenizer, PROMPTS, **fields)
+    alone = [run(SelfSpeculativeStrategy(model), tokenizer, [prompt], **fields)[0] for prompt in PROMPTS[:3]]
+    assert tokens_of(together) == tokens_of(expected)
+    assert tokens_of(alone) == tokens_of(expected)[:3]
+    assert expected[0].tokens != expected[3].tokens
+
+
+def test_seeds_and_rules_draw_differently(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    strategy = AutoregressiveStrategy(model)
+    answers = [tokens_of(run(strategy, tokenizer, PROMPTS, seed=seed)) for seed in (0, 1, 2**53, 2**53 + 1)]
+    assert len({repr(answer) for answer in answers}) == 4
+    leviathan = GenerationConfig(max_new_tokens=24, temperature=1.3, top_p=0.95, seed=0)
+    assert tokens_of(HuggingfaceLlamaGenerator(tokenizer, strategy).generate(PROMPTS, leviathan)) != answers[0]
+
+
+def test_compiled(make_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch._dynamo.reset()
+    model = make_model(num_hidden_layers=2)
+    expected = run(AutoregressiveStrategy(model), tokenizer, PROMPTS[:3])
+    compiled = SelfSpeculativeStrategy(model, "aot_eager")
+    assert tokens_of(run(compiled, tokenizer, PROMPTS[:3], exit_layer=1, compile="default")) == tokens_of(expected)
+
+
+def test_drafts_that_will_be_accepted_are_foretold(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
+    one = config(num_speculations=1, temperature=2.0)
+    [answer] = generator.generate(PROMPTS[1:2], one)
+    [chances_N] = acceptance_chances(model, generator.request(PROMPTS[1:2], one), answer.tokens, [2])
+    first, seen = 0, set()
+    for step in answer.steps:
+        if step.drafted:
+            assert bool(step.accepted) == bool(chances_N[first])
+            seen.add(step.accepted)
+        first += len(step.tokens)
+    assert 0 in seen
+
+
+# Noise
+
+
+def test_noise_is_uniform_and_never_cut_off() -> None:
+    """exp(−g) is exponential: its mean and variance are 1; and the greatest of many is as great as it must be."""
+    keys_BT = noise(0, [[7]], 64)[..., COUPLED_STREAM]
+    exponential = torch.exp(-gumbel(keys_BT, 2**14)).flatten()
+    assert exponential.isfinite().all()
+    assert exponential.min() < 20 / len(exponential)
+    assert exponential.mean().item() == pytest.approx(1, abs=0.005)
+    assert exponential.var().item() == pytest.approx(1, abs=0.02)
+
+
+def test_noise_depends_on_every_bit_of_key_and_token() -> None:
+    """Half of the uniform numbers' leading bits change with any one bit of either, and no two tokens' are alike."""
+    key = torch.tensor([[0.123456789]], dtype=torch.float64)
+    uniform_V = torch.exp(-torch.exp(-gumbel(key, 2**12)))[0, 0]
+    for bit in (0, 1, 20, 31, 32, 40, 52):
+        other = torch.exp(-torch.exp(-gumbel(key + 2.0 ** (bit - 53) * (1 if bit < 52 else 0.5), 2**12)))[0, 0]
+        changed = ((uniform_V * 2**16).long() ^ (other * 2**16).long()).bitwise_and(0xFF00)
+        share = sum(f"{value:b}".count("1") for value in changed.tolist()) / (8 * 2**12)
+        assert 0.45 < share < 0.55
+    assert len(uniform_V.unique()) == 2**12
+
+
+def test_large_keys_of_rows_are_not_rounded() -> None:
+    """Seeds that floats cannot tell apart give different noise in every row."""
+    prompts = [[number] for number in range(20)]
+    one, other = (noise(seed, prompts, 3) for seed in (2**60, 2**60 + 1))
+    assert not (one == other).any()
+    assert one.shape[-1] == NUM_STREAMS
+    assert noise(2**63 - 1, prompts, 3).shape == one.shape
+
+
+# Distribution
+
+
+@pytest.fixture(scope="module")
+def distributions() -> torch.Tensor:
+    """Two distributions p and q (2, V)."""
+    return torch.softmax(torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(3)), -1)
+
+
+@pytest.fixture(scope="module")
+def draws(distributions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What many rows draw from p, and whether the draft from q was accepted."""
+    num_rows = 20_000
+    noise_BTS = noise(0, [[7]] * num_rows, 2)
+    p_V, q_V = distributions.log()
+    drafted_B1, _ = RULE.propose(q_V.expand(num_rows, 1, -1), noise_BTS[:, :1])
+    draft = Draft(drafted_B1, [None], torch.ones(num_rows, dtype=torch.long))
+    verdict = RULE.judge(draft, p_V.expand(num_rows, 2, -1), noise_BTS)
+    return verdict.tokens_BT[:, 0], verdict.accepted_B == 1
+
+
+# The 99.9 % quantile of the chi-square distribution with five degrees of freedom.
+CRITICAL_CHI_SQUARE = 20.515
+
+
+def test_draws_have_the_targets_distribution(
+    distributions: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    p_V, q_V = distributions.double()
+    tokens_N, _ = draws
+
+    def chi_square(expected_V: torch.Tensor) -> float:
+        expected_V = expected_V * len(tokens_N)
+        return ((tokens_N.bincount(minlength=VOCABULARY) - expected_V) ** 2 / expected_V).sum().item()
+
+    assert chi_square(p_V) < CRITICAL_CHI_SQUARE
+    assert chi_square(q_V) > CRITICAL_CHI_SQUARE, "q is too close to p to test anything"
+
+
+def test_acceptance_is_the_formula_s(distributions: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """P(both draw v) = 1 / Σ_w max(p_w / p_v, q_w / q_v); summed over v it lies between its two bounds."""
+    p_V, q_V = distributions.double()
+    ratios_VW = torch.maximum(p_V[None] / p_V[:, None], q_V[None] / q_V[:, None])
+    expected = (1 / ratios_VW.sum(-1)).sum().item()
+    distance = (p_V - q_V).abs().sum().item() / 2
+    assert (1 - distance) / (1 + distance) <= expected <= 1 - distance
+    found = draws[1].double().mean().item()
+    assert found == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / len(draws[1])))
+
+
+def test_filters_leave_tokens_out() -> None:
+    rule = CoupledRule(warpers(temperature=1.0, top_k=2, top_p=1.0))
+    logits_B1V = torch.tensor([3.0, 1.0, 2.0, 0.0]).expand(500, 1, -1)
+    tokens_B1, q_B1V = rule.propose(logits_B1V, noise(0, [[7]] * 500, 1))
+    assert set(tokens_B1.flatten().tolist()) == {0, 2}
+    assert q_B1V is None
