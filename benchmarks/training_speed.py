@@ -96,7 +96,7 @@ class Run:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = LlamaForCausalLM(SMOLLM2).to(device).train()
         self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)  # The Trainer's default.
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
         is_bf16 = arguments.dtype == "bfloat16"
         self.autocast = torch.autocast(device, torch.bfloat16) if is_bf16 else nullcontext()
         exits = (*EXIT_LAYERS[:-1], arguments.num_layers)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cache import Uncached
+from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.early_exit import forward_adapter, forward_exits, head_logits
 from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.sampling import noise, probabilities, process_logits, warpers
@@ -76,11 +77,17 @@ def acceptance_chances(
 ) -> NDArray[np.float64]:
     """How likely each token of the full model's answer is to be accepted as a draft of each exit layer, (E, N).
 
+<<<<<<< HEAD
+    Greedy: whether the exit's most probable token is the answer's. Sampling: the overlap Σ min(p, q). Exits draft with
+    the tokens of `draft_vocab` alone, if it is set.
+=======
     Greedy, and coupled sampling: whether the exit's draft is the answer's token. Leviathan's sampling: the overlap
     Σ min(p, q).
+>>>>>>> main
     """
     fuse(model)
     config = request.config
+    draft_head = None if config.draft_vocab is None else DraftHead.of(model, config.draft_vocab)
     tokens_1T = torch.tensor([request.prompts[0] + tokens], device=model.device)
     first = len(request.prompts[0]) - 1
     positions_1N = torch.arange(first, first + len(tokens), device=model.device)[None]
@@ -90,19 +97,28 @@ def acceptance_chances(
         for depth, state_1TD in zip(depths, forward_exits(model, tokens_1T, depths), strict=True)
     ]
 
-    def logits(depth: int) -> Tensor:
-        logits_1NV = head_logits(model, states[depth - 1])
+    def logits(depth: int, head: DraftHead | None = None) -> Tensor:
+        normed_1ND = states[depth - 1]
+        logits_1NV = head_logits(model, normed_1ND) if head is None else head.logits(normed_1ND)
         processors = request.all_processors()
         return process_logits(logits_1NV, processors, tokens_1T, positions_1N) if processors else logits_1NV
 
+<<<<<<< HEAD
+    if not config.sample:
+        agrees = [logits(exit_layer, draft_head).argmax(-1) == tokens_1T[:, first + 1 :] for exit_layer in exit_layers]
+        return torch.cat(agrees).double().cpu().numpy()
+=======
     if not config.sample or config.sampling == "coupled":
         rule = verification_rule(config)
         noise_1NS = noise(config.seed, request.prompts, tokens_1T.shape[1])[:, first + 1 :].to(tokens_1T.device)
         drafts = [rule.propose(logits(exit_layer), noise_1NS)[0] for exit_layer in exit_layers]
         return (torch.cat(drafts) == tokens_1T[:, first + 1 :]).double().cpu().numpy()
+>>>>>>> main
     filters = warpers(config.temperature, config.top_k, config.top_p)
     p_1NV = probabilities(logits(len(states)), filters)
-    overlaps = [torch.minimum(p_1NV, probabilities(logits(layer), filters)).sum(-1) for layer in exit_layers]
+    overlaps = [
+        torch.minimum(p_1NV, probabilities(logits(layer, draft_head), filters)).sum(-1) for layer in exit_layers
+    ]
     return torch.cat(overlaps).double().cpu().numpy()
 
 

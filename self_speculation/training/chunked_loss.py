@@ -125,7 +125,11 @@ class _Head:
         """Adds an exit's weighted gradient to that of the weights, and gives that of its normed states, (C, D)."""
         gradient_CV = gradient_CV.to(self.weight_VD.dtype)
         if self.gradient_VD is not None:
-            self.gradient_VD.add_(gradient_CV.T @ normed_CD.to(gradient_CV.dtype), alpha=weight)
+            normed_CD = normed_CD.to(gradient_CV.dtype)
+            if self.gradient_VD.dtype == gradient_CV.dtype:
+                self.gradient_VD.addmm_(gradient_CV.T, normed_CD, alpha=weight)
+            else:  # No product of 16-bit numbers can be added to float32 at once.
+                self.gradient_VD.add_(gradient_CV.T @ normed_CD, alpha=weight)
         return weight * (gradient_CV @ self.weight_VD)
 
 

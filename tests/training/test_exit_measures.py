@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from self_speculation.decoding.draft_head import save_counts
 from self_speculation.loading import read_recommendation
 from self_speculation.measuring.exit_report import exit_table
-from self_speculation.measuring.recommendation import candidates, recommend
+from self_speculation.measuring.recommendation import candidates, draft_vocabulary, recommend
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.exit_measures import exit_metrics, scoring
 from self_speculation.training.labels import num_labels
@@ -127,3 +128,39 @@ def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreT
         (folder / "layerskip.json").unlink(missing_ok=True)
     assert recommend(folder, prompts, max_new_tokens=6, exit_layers=(6,)) is None
     assert not (folder / "layerskip.json").exists()
+
+
+def test_a_draft_vocabulary_is_recommended_where_few_tokens_make_up_the_text(tmp_path: Path) -> None:
+    assert draft_vocabulary(tmp_path, 300) is None  # No counts.
+    counts_V = torch.zeros(300, dtype=torch.long)
+    counts_V[[7, 9, 100]] = torch.tensor([50, 49, 1])
+    save_counts(counts_V, tmp_path)
+    assert draft_vocabulary(tmp_path, 300) == 2
+    counts_V[100] = 2
+    save_counts(counts_V, tmp_path)
+    assert draft_vocabulary(tmp_path, 300) == 3
+    save_counts(torch.ones(300, dtype=torch.long), tmp_path)
+    assert draft_vocabulary(tmp_path, 300) is None
+
+
+def test_the_recommendation_names_the_draft_vocabulary(
+    make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    # Layers that do nothing: every exit agrees with the last layer, and a draft costs little but its head.
+    model = make_model(vocab_size=20_000, num_hidden_layers=2, hidden_size=256).float()
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompt = tokenizer("def add(")["input_ids"]
+    [answer] = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[:, len(prompt) :]
+    save_counts(answer.bincount(minlength=20_000), tmp_path)
+    best = recommend(tmp_path, [prompt], max_new_tokens=6, exit_layers=(1, 2))
+    kept = json.loads((tmp_path / "layerskip.json").read_text())
+    assert kept == {**best.cell._asdict(), "draft_vocab": len(answer.unique())}
+    assert best.acceptance_rate == 1
+    # With a vocabulary that lacks what the model says, nothing is accepted.
+    save_counts(torch.ones(20_000, dtype=torch.long).scatter(0, answer, 0) * (torch.arange(20_000) < 5000), tmp_path)
+    recommend(tmp_path, [prompt], max_new_tokens=6, exit_layers=(1, 2))
+    assert "draft_vocab" not in json.loads((tmp_path / "layerskip.json").read_text())
