@@ -50,7 +50,9 @@ class FittedPrompts:
 
     def _fits(self, doc: dict[str, Any], context: Context) -> bool:
         """Whether all that is asked about the document can be read whole; an answer's last token is not read."""
-        requests = self.task.construct_requests(doc=doc, ctx=context)
+        asked = self.task.construct_requests(doc=doc, ctx=context)
+        # One request, or several for one of several answers.
+        requests = [asked] if isinstance(asked, Instance) else asked
         if self.task.OUTPUT_TYPE == "generate_until":
             wishes = normalize_gen_kwargs(self.task.config.generation_kwargs, self.lm.max_gen_toks)
             room = self.lm.max_length - wishes["max_gen_toks"]

@@ -77,13 +77,8 @@ def acceptance_chances(
 ) -> NDArray[np.float64]:
     """How likely each token of the full model's answer is to be accepted as a draft of each exit layer, (E, N).
 
-<<<<<<< HEAD
-    Greedy: whether the exit's most probable token is the answer's. Sampling: the overlap Σ min(p, q). Exits draft with
-    the tokens of `draft_vocab` alone, if it is set.
-=======
     Greedy, and coupled sampling: whether the exit's draft is the answer's token. Leviathan's sampling: the overlap
-    Σ min(p, q).
->>>>>>> main
+    Σ min(p, q). Exits draft with the tokens of `draft_vocab` alone, if it is set.
     """
     fuse(model)
     config = request.config
@@ -103,17 +98,11 @@ def acceptance_chances(
         processors = request.all_processors()
         return process_logits(logits_1NV, processors, tokens_1T, positions_1N) if processors else logits_1NV
 
-<<<<<<< HEAD
-    if not config.sample:
-        agrees = [logits(exit_layer, draft_head).argmax(-1) == tokens_1T[:, first + 1 :] for exit_layer in exit_layers]
-        return torch.cat(agrees).double().cpu().numpy()
-=======
     if not config.sample or config.sampling == "coupled":
         rule = verification_rule(config)
         noise_1NS = noise(config.seed, request.prompts, tokens_1T.shape[1])[:, first + 1 :].to(tokens_1T.device)
-        drafts = [rule.propose(logits(exit_layer), noise_1NS)[0] for exit_layer in exit_layers]
+        drafts = [rule.propose(logits(exit_layer, draft_head), noise_1NS)[0] for exit_layer in exit_layers]
         return (torch.cat(drafts) == tokens_1T[:, first + 1 :]).double().cpu().numpy()
->>>>>>> main
     filters = warpers(config.temperature, config.top_k, config.top_p)
     p_1NV = probabilities(logits(len(states)), filters)
     overlaps = [

@@ -46,6 +46,7 @@ LASTING = {
     "max_steps",
     "repeats",
     "duel_repeats",
+    "num_speculations_last",
     "bootstrap_iters",
     "num_train_epochs",
     "save_steps",
