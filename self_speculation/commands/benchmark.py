@@ -64,6 +64,7 @@ class BenchmarkArguments(Settings):
         True,
         help="Judge every token of greedy answers, as correctness.py does. A model in 16 bits is copied in float32 for "
         "it, once all is measured.",
+        is_rare=True,
     )
     execute_code: bool = setting(
         False,

@@ -58,7 +58,7 @@ class RunArguments(Settings):
         help="Held-out prompts by which layerskip.json is chosen at the end; 0: do not choose.",
     )
     rendezvous_timeout: int = setting(RENDEZVOUS_SECONDS, help=RENDEZVOUS_HELP, at_least=1, is_rare=True)
-    recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.")
+    recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.", is_rare=True)
 
 
 def check(

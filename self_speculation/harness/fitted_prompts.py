@@ -52,7 +52,7 @@ class FittedPrompts:
         """Whether all that is asked about the document can be read whole; an answer's last token is not read."""
         asked = self.task.construct_requests(doc=doc, ctx=context)
         # One request, or several for one of several answers.
-        requests = [asked] if isinstance(asked, Instance) else asked
+        requests = asked if isinstance(asked, list) else [asked]
         if self.task.OUTPUT_TYPE == "generate_until":
             wishes = normalize_gen_kwargs(self.task.config.generation_kwargs, self.lm.max_gen_toks)
             room = self.lm.max_length - wishes["max_gen_toks"]

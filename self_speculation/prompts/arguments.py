@@ -40,6 +40,7 @@ class DatasetArguments(Settings):
         None,
         help="Likewise, for the shots. Default: the train (or validation) split of the hub or of the folder "
         "--data_path; without one, rows set aside from the prompts' own.",
+        is_rare=True,
     )
     num_samples: int | None = setting(None, help="How many prompts; all by default.", at_least=1)
     random_shuffle: bool = setting(True, help="Shuffle the rows, by --seed, before taking some.")

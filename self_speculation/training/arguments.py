@@ -51,7 +51,9 @@ class LayerSkipArguments(Settings):
     anchor_weight: float = setting(
         0.0, help="Weight of KL(untouched model || last layer), which keeps the model what it was; 0 turns it off."
     )
-    loss_chunk_tokens: int = setting(CHUNK_TOKENS, at_least=1, help="Positions whose logits the loss holds at a time.")
+    loss_chunk_tokens: int = setting(
+        CHUNK_TOKENS, at_least=1, help="Positions whose logits the loss holds at a time.", is_rare=True
+    )
     lora_rank: int = setting(
         0, at_least=0, help="Rank of LoRA adapters of the layers' matrices, trained in place of all weights; 0: none."
     )
