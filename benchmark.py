@@ -1,6 +1,6 @@
 """Measure strategies on the same prompts; see `self_speculation/commands/benchmark.py`."""
 
-from self_speculation.commands.ending import importing
+from self_speculation.ending import importing
 
 with importing():
     from self_speculation.commands.benchmark import main

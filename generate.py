@@ -1,6 +1,6 @@
 """Generate text by any decoding strategy; see `self_speculation/commands/generate.py`."""
 
-from self_speculation.commands.ending import importing
+from self_speculation.ending import importing
 
 with importing():
     from self_speculation.commands.generate import main

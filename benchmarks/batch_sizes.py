@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.contestants import Contestant, interleaved

@@ -23,8 +23,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.harness.continuation_scores import ScoredText, score_continuations
 from self_speculation.settings import Settings, setting
 

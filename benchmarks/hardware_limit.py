@@ -37,8 +37,8 @@ from benchmarks.synthetic import (
     random_prompts,
     sentence,
 )
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import choose_device
 from self_speculation.measuring import tables

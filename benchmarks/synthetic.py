@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationResult,

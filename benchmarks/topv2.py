@@ -35,8 +35,8 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import interleaved

@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import synchronize
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tensor_memory import TensorMemory

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_cost import timed
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tensor_memory import TensorMemory
 from self_speculation.settings import Settings, regular_file, setting

@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from self_speculation import __version__
-from self_speculation.commands.ending import importing
+from self_speculation.ending import importing
 
 VERBS = {
     "generate": "answer a prompt, or talk at the terminal",

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from self_speculation.commands import benchmark, generate
-from self_speculation.commands.ending import fail
+from self_speculation.ending import fail
 from self_speculation.harness.logs import without_commands
 from self_speculation.harness.report import results_table
 from self_speculation.measuring.probes import Probes

@@ -19,8 +19,8 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text

@@ -16,9 +16,9 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.decoding.config import MOST_SPECULATIONS
+from self_speculation.ending import Terminated, one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport, EquivalenceCheck

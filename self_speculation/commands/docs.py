@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from huggingface_hub.constants import HF_HOME
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import group_title, parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
 ROOT = Path(__file__).parents[2]

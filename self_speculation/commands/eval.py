@@ -15,8 +15,8 @@ import transformers
 from lm_eval.evaluator_utils import run_task_tests
 from lm_eval.loggers import EvaluationTracker
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.ending import one_sentence_errors
 from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.arguments import EvalArguments, EvalConfig
 from self_speculation.harness.caches import keep_caches_apart

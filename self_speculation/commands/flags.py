@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from self_speculation import __version__
-from self_speculation.commands.ending import fail
+from self_speculation.ending import fail
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
 HELP_WIDTH = 100

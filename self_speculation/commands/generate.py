@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from self_speculation.chat import Chat
 from self_speculation.commands.conversation import typed_messages
-from self_speculation.commands.ending import Terminated, one_sentence_errors
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.commands.interactive import InterruptKey, KeepingStreamer, is_conversation, read_prompts
+from self_speculation.ending import Terminated, one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
 from self_speculation.loading import ModelArguments, Recommendation, advice_for, load
 from self_speculation.measuring.rivals import RIVALS

@@ -13,10 +13,10 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HOME
 from transformers import LlamaForCausalLM, TrainingArguments, set_seed
 
-from self_speculation.commands.ending import one_sentence_errors
 from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.commands.training_sets import Sizes, TrainingSets, all_texts, training_sets
 from self_speculation.decoding.draft_head import save_counts
+from self_speculation.ending import one_sentence_errors
 from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
 from self_speculation.measuring.recommendation import recommend
 from self_speculation.measuring.run_log import set_aside

@@ -5,7 +5,6 @@ python -m self_speculation.harness.adapter run --model layerskip --tasks arc_eas
 """
 
 import logging
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
+from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -285,14 +285,11 @@ def _timed(
     return results, time.perf_counter() - start
 
 
+@one_sentence_errors(lower="--batch_size, or max_gen_toks of --gen_kwargs")
 def main() -> None:
     """lm-eval's own command line, which knows `--model layerskip` by this module's import."""
-    try:
-        with all_present():
-            cli_evaluate()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    with all_present():
+        cli_evaluate()
 
 
 if __name__ == "__main__":

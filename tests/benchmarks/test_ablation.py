@@ -22,7 +22,7 @@ from benchmarks.small_models import (
     kept_tokenizer,
     markdown,
 )
-from self_speculation.commands.ending import INTERRUPTED
+from self_speculation.ending import INTERRUPTED
 from self_speculation.generator_base import GenerationConfig, GenerationResult, RowStep
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.run_log import RunLog

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import hardware_limit
 from benchmarks.hardware_limit import OWN, LimitArguments, ReadShares, ShapeStudy, ideal_speedup
 from benchmarks.synthetic import Goal
-from self_speculation.commands.ending import INTERRUPTED
+from self_speculation.ending import INTERRUPTED
 from self_speculation.measuring.ceiling import Memory, WeightBytes
 from self_speculation.measuring.probes import Probes
 

@@ -18,7 +18,7 @@ from test_scripts import PROMPT, QUICK, typing
 from tqdm import tqdm
 
 from self_speculation.commands import benchmark, correctness, generate, sweep
-from self_speculation.commands.ending import one_sentence_errors
+from self_speculation.ending import one_sentence_errors
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., int]

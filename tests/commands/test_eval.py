@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -209,6 +210,38 @@ def test_a_run_goes_on_from_its_cache(
     assert again["results"] == first["results"]
     with pytest.raises(AssertionError, match="scored again"):
         run(*flags, "--exit_layer", "3")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_evaluation_that_is_stopped_goes_on_from_its_cache(
+    number: signal.Signals,
+    code: int,
+    run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The signal comes in the middle of a pass; what was scored before it is not scored again."""
+    flags = ["--tasks", "local_piqa", "--bootstrap_iters", 0, "--batch_size", 1]
+    cached = [*flags, "--use_cache", tmp_path / "cache" / "answers"]
+    passes, last, read = [0], [3], torch.nn.Embedding.forward
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        passes[0] += 1
+        if passes[0] == last[0]:
+            signal.raise_signal(number)
+        return read(*arguments)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", counted)
+    stopped, _ = run(*cached)
+    assert stopped == code
+    assert "--use_cache" in capsys.readouterr().err.splitlines()[-1]
+    passes[0] = last[0] = 0
+    _, uninterrupted = run(*flags)
+    needed, passes[0] = passes[0], 0
+    _, resumed = run(*cached)
+    assert resumed["results"] == uninterrupted["results"]
+    assert 0 < passes[0] < needed
 
 
 @pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")

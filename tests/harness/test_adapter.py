@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.generator_base import GenerationConfig
+from self_speculation.harness import adapter
 from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.speed_figures import SpeedFigures
 
@@ -232,3 +234,13 @@ def test_arguments_of_from_pretrained_reach_configuration_tokenizer_and_weights(
     for wrong, named in (({"token": "hf_x"}, "HF_TOKEN"), ({"trust_remote_code": "y"}, "trust_remote_code")):
         with pytest.raises(ValueError, match=named):
             make({"pretrained": str(tmp_path / "inner")} | wrong)
+
+
+def test_lm_evals_own_command_line_ends_as_our_programs_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(adapter, "cli_evaluate", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        adapter.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted.\n"
