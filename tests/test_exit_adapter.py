@@ -77,9 +77,10 @@ def test_its_drafts_are_its_own(make_model: MakeModel, tokenizer: PreTrainedToke
     assert drafts(own, EXIT_LAYER + 1) == drafts(plain, EXIT_LAYER + 1)
 
 
-@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("compile", ["none", "default"])
-@pytest.mark.parametrize("prefill_chunk", [None, 2])
+@pytest.mark.parametrize(
+    ("sample", "compile", "prefill_chunk"),
+    [(False, "none", None), (False, "none", 2), (True, "none", None), (True, "default", 2)],
+)
 def test_one_that_knows_everything_is_always_right(
     sample: bool,
     compile: str,

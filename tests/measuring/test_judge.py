@@ -152,11 +152,11 @@ def test_sampled_answers_are_not_judged(model: LlamaForCausalLM, tokenizer: PreT
 def test_logits_that_are_no_numbers_are_wrong(
     make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Such a model agrees with itself."""
+    """No token is greater than NaN; decoding itself would refuse such a model."""
     model = make_model()
-    model.lm_head.weight.data[:] = float("nan")
     generator, [prompt] = generator_of(model, tokenizer), make_prompts(1)
     [answer] = answers_of(generator, [prompt], GREEDY)
+    model.lm_head.weight.data[:] = float("nan")
     assert len(Judge(model, generator.request([], GREEDY)).judge(prompt, answer).failures) == len(answer)
 
 
