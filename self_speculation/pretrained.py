@@ -59,8 +59,16 @@ class Pretrained:
         return self.name
 
     def config(self) -> PreTrainedConfig:
-        """The configuration."""
-        return AutoConfig.from_pretrained(self.name, **self._shared())
+        """The configuration.
+
+        Raises:
+            DamagedCheckpointError: its weights would be whole numbers.
+        """
+        config = AutoConfig.from_pretrained(self.name, **self._shared())
+        if isinstance(config.dtype, torch.dtype) and not config.dtype.is_floating_point:
+            kind = str(config.dtype).removeprefix("torch.")
+            raise DamagedCheckpointError(f"--model {self.label}: its configuration's dtype is {kind}, no float type.")
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""

@@ -73,6 +73,8 @@ def check(
         raise ValueError(f"--seed must be from 0 to {MOST_SEED}, not {training.seed}.")
     if not training.output_dir:
         raise ValueError("--output_dir must not be empty.")
+    if training.batch_eval_metrics:
+        raise ValueError("--batch_eval_metrics True does not go with the measures of every exit.")
     if texts.streaming and training.max_steps < 1:
         raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
     for flag in ("lora_rank", "anchor_weight"):

@@ -264,6 +264,7 @@ MISTAKES = [
     Mistake("train", "--recipe BAD/date.yaml", "--recipe: BAD/date.yaml"),
     Mistake("train", "--recipe BAD/deep.yaml", "--recipe: BAD/deep.yaml"),
     Mistake("train", "--seed -1", "--seed"),
+    Mistake("train", "--batch_eval_metrics True", "--batch_eval_metrics"),
     Mistake("train", "--seed 4294967296", "--seed"),
     Mistake("train", "--max_steps 0", "--max_steps"),
     Mistake("train", "--p_max 2", "--p_max"),
