@@ -136,4 +136,4 @@ def test_a_sample_of_inputs_is_answered_or_refused(program: str, tried: Attempt,
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_inputs_are_answered_or_refused(program: str, tried: Attempt, sound: Files) -> None:
     """`LAYERSKIP_INPUTS` is their number."""
-    check(program, round(SHARES[program] * int(os.environ.get("LAYERSKIP_INPUTS", "600"))), tried, sound)
+    check(program, round(SHARES[program] * int(os.environ.get("LAYERSKIP_INPUTS", "300"))), tried, sound)
