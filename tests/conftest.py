@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from self_speculation.training.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
+
+# Decoding and training do without lm-eval and what scores texts, and so do their tests.
+collect_ignore = [
+    *(
+        []
+        if find_spec("lm_eval")
+        else ["adversarial", "commands/test_bad_input.py", "commands/test_eval.py", "harness"]
+    ),
+    *([] if find_spec("rapidfuzz") else ["measuring/test_text_scores.py"]),
+]
 
 VOCABULARY = 300
 TEXTS = [

@@ -178,7 +178,7 @@ def compiled(function: Function, mode: str, backend: str | Function = BACKEND) -
     if backend == "inductor":
         options |= {
             "size_asserts": False,
-            "coordinate_descent_tuning": True,
+            "coordinate_descent_tuning": mode == "max",
             "max_autotune": mode == "max",
             "autotune_num_choices_displayed": 0,
             "max_autotune_report_choices_stats": False,

@@ -120,7 +120,8 @@ class EagerPasses:
         """Processed logits (B, T, V) for the tokens that follow the positions, by the LM head or a draft's own."""
         logits_BTV = head_logits(self.model, normed_BTD) if head is None else head.logits(normed_BTD)
         logits_BTV = logits_BTV.to(rows.tokens_BC.device)
-        if not self.processors:
+        # By its length: torch 2.11's compiler takes an empty list of this kind for a true one.
+        if len(self.processors) == 0:
             return logits_BTV
         return process_logits(logits_BTV, self.processors, rows.tokens_BC, positions_BT)
 
