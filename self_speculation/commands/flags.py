@@ -134,7 +134,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter):
     def _get_help_string(self, action: Action) -> str | None:
         if action.default in (None, [], SUPPRESS):
             return action.help
-        shown = " ".join(action.default) if isinstance(action.default, list) else "%(default)s"
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
         return f"{action.help} (default: {shown})"
 
 

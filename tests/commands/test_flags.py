@@ -21,6 +21,7 @@ class Common(Settings):
     max_new_tokens: int = setting(5, help="Most new tokens.", at_least=0, flag="max_steps")
     sample: bool = setting(True, help="Sample.")
     stop_words: list[str] | None = setting(None, help="Ends.")
+    batch_sizes: list[int] = setting(default_factory=lambda: [1, 8], help="Sizes.")
 
 
 @dataclass
@@ -65,10 +66,11 @@ def test_help_shows_each_flag_once_with_its_default(capsys: pytest.CaptureFixtur
     lines = shown("--help", capsys).splitlines()
     assert "Does it." in lines
     start = lines.index("What many need:")
-    assert [" ".join(line.split()) for line in lines[start + 1 : start + 4]] == [
+    assert [" ".join(line.split()) for line in lines[start + 1 : start + 5]] == [
         "--max_steps INT Most new tokens. (default: 5)",
         "--sample [BOOL] Sample. (default: True)",
         "--stop_words TEXT [TEXT ...] Ends.",
+        "--batch_sizes INT [INT ...] Sizes. (default: 1 8)",
     ]
 
 
