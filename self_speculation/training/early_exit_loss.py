@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -201,8 +202,16 @@ class EarlyExitLoss:
 
     def _normed(self, hidden_BTD: Tensor, exit_layer: int, labelled_K: Tensor) -> Tensor:
         """What the head reads at the labelled positions, (K, D)."""
-        hidden_KD = hidden_BTD.flatten(0, 1)[labelled_K]
-        return hidden_KD if exit_layer == self.schedule.num_layers else self.model.model.norm(hidden_KD)
+        if exit_layer == self.schedule.num_layers:
+            return hidden_BTD.flatten(0, 1)[labelled_K]
+        # What the norm keeps for its gradients would be several times its output, for each exit: it is made again.
+        normed_KD: Tensor = checkpoint(
+            self._norm_rows, hidden_BTD, labelled_K, use_reentrant=False, preserve_rng_state=False
+        )
+        return normed_KD
+
+    def _norm_rows(self, hidden_BTD: Tensor, labelled_K: Tensor) -> Tensor:
+        return self.model.model.norm(hidden_BTD.flatten(0, 1)[labelled_K])
 
     def _anchor_rows(self, untouched_BTD: Tensor | None, labelled_K: Tensor) -> AnchorRows | None:
         if self.anchor is None or untouched_BTD is None:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType
@@ -11,6 +11,24 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class OutlivingWorkers:
+    """What a process that loads data does first, with signals let wait in it too: it is needed until the step ends.
+
+    A terminal's Ctrl-C, and many a scheduler, signal all processes at once. The first SIGTERM is passed over; a second
+    one counts, which is how the processes are ended that nobody waits for.
+    """
+
+    def __init__(self, first: Callable[[int], None] | None) -> None:
+        self.first = first
+
+    def __call__(self, worker: int) -> None:
+        """Called in the process that has begun to load data."""
+        if self.first is not None:
+            self.first(worker)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class SaveBeforeStopping(TrainerCallback):
@@ -51,10 +69,6 @@ class SaveBeforeStopping(TrainerCallback):
         if os.getpid() == self.process:
             self.waiting_signal = number
             self._restore()
-        elif number == signal.SIGTERM:
-            # A process that loads data has inherited this; it ends with the others.
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.handlers.items():
