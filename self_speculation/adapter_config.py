@@ -15,11 +15,13 @@ MOST_RANK = 1_000_000
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What decoding needs to know of an adapter: its base's name or folder, the base's revision, what it changes."""
+    """What is needed of an adapter: its base's name or folder, the base's revision, what it changes, and its sizes."""
 
     base: str
     revision: str | None
     modules: frozenset[str]
+    rank: int
+    alpha: float
 
     def base_beside(self, folder: Path) -> str:
         """Where the base is: a path relative to the adapter's folder, if there is one, else the name as it stands.
@@ -56,7 +58,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= MOST_RANK:
         raise ValueError(f"{path}: lora_alpha must be a number up to {MOST_RANK}, not {alpha!r:.40}.")
     modules = _names(path, "target_modules", values) | _names(path, "modules_to_save", values)
-    return AdapterConfig(base, revision, modules)
+    return AdapterConfig(base, revision, modules, rank, alpha)
 
 
 def file_beside(name: str | Path, file: str) -> Path | None:

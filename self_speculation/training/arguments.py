@@ -58,6 +58,11 @@ class LayerSkipArguments(Settings):
         0, at_least=0, help="Rank of LoRA adapters of the layers' matrices, trained in place of all weights; 0: none."
     )
     lora_alpha: float = setting(16.0, help="An adapter's matrices are multiplied by alpha / rank.")
+    lora_from: str | None = setting(
+        None,
+        help="Folder of an adapter to begin with, of the same --model and sizes; new ones when not given.",
+        is_rare=True,
+    )
     train_exit_adapter: int | None = setting(
         None,
         at_least=1,
@@ -78,6 +83,8 @@ class LayerSkipArguments(Settings):
         super().__post_init__()
         if self.lora_rank and self.muon:
             raise ValueError("--muon is for whole matrices, and does not go with --lora_rank.")
+        if self.lora_from is not None and not self.lora_rank:
+            raise ValueError("--lora_from is an adapter to begin with, and needs --lora_rank.")
         if self.lora_rank and self.train_exit_adapter:
             raise ValueError("--lora_rank changes the model, and does not go with --train_exit_adapter.")
         if self.anchor_weight and self.train_exit_adapter:

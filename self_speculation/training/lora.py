@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from self_speculation.adapter_config import is_adapter, read_adapter_config
 from self_speculation.training.whole_files import whole_files
 
 if TYPE_CHECKING:
@@ -37,6 +40,30 @@ def with_lora(model: LlamaForCausalLM, rank: int, alpha: float, seed: int) -> "P
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cast("PeftModel", get_peft_model(model, config))
+
+
+def go_on_from(model: "PeftModel", folder: Path, rank: int, alpha: float) -> None:
+    """Begin with the weights of an adapter that was trained before, of the same model and sizes.
+
+    Raises:
+        ValueError: it is none, or one of other sizes, or of another model.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    if not is_adapter(folder):
+        raise ValueError(f"--lora_from: {folder} is no folder of an adapter.")
+    earlier = read_adapter_config(folder)
+    if (earlier.rank, earlier.alpha) != (rank, alpha):
+        raise ValueError(f"--lora_from: {folder} needs --lora_rank {earlier.rank} --lora_alpha {earlier.alpha:g}.")
+    try:
+        tensors = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--lora_from: {folder / SAFETENSORS_WEIGHTS_NAME} is missing or damaged.") from error
+    own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != own:
+        raise ValueError(f"--lora_from: {folder} is an adapter of another model, or of other matrices.")
+    set_peft_model_state_dict(model, tensors)
 
 
 def adapter_tensors(model: "PeftModel") -> dict[str, Tensor]:

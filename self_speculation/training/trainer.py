@@ -1,5 +1,6 @@
 """LayerSkip training (section 4.1 of the paper): layer dropout and early-exit loss in transformers' `Trainer`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ from self_speculation.training.checks import check_optimiser
 from self_speculation.training.early_exit_loss import EarlyExitLoss
 from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, adapter_of
 from self_speculation.training.exit_measures import exit_metrics, scoring
+from self_speculation.training.interruption import OutlivingWorkers
 from self_speculation.training.labels import num_labels
 from self_speculation.training.layer_dropout import LayerDropout
-from self_speculation.training.lora import with_lora
+from self_speculation.training.lora import go_on_from, with_lora
 from self_speculation.training.muon import MuonWithAdamW
 
 if TYPE_CHECKING:
@@ -41,7 +43,10 @@ def prepared(
     if training.gradient_checkpointing:
         # Frozen embeddings would give layers an input without gradients, which reentrant checkpointing passes over.
         model.enable_input_require_grads()
-    return with_lora(model, layerskip.lora_rank, layerskip.lora_alpha, training.seed)
+    adapted = with_lora(model, layerskip.lora_rank, layerskip.lora_alpha, training.seed)
+    if layerskip.lora_from:
+        go_on_from(adapted, Path(layerskip.lora_from), layerskip.lora_rank, layerskip.lora_alpha)
+    return adapted
 
 
 class LayerSkipTrainer(WholeCheckpointTrainer):
@@ -98,6 +103,12 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
                 bars: list[Any] = [callback.training_bar, callback.prediction_bar]
                 for bar in filter(None, bars):
                     bar.close()
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's own, whose processes load data until a step has ended that a signal waits for."""
+        loader: Any = super().get_train_dataloader()
+        loader.worker_init_fn = OutlivingWorkers(loader.worker_init_fn)
+        return loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's own optimiser, or Muon with AdamW."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,34 @@ def test_an_anchor_keeps_the_model_near_what_it_was(
         assert learning
         assert all(("lora_" in name) == bool(lora_rank) for name in learning)
     assert 0 < drifts[1] < 0.7 * drifts[0]
+
+
+def test_a_run_begins_with_an_adapter_that_was_trained_before(
+    tiny: MakeModel, tmp_path: Path, layerskip: LayerSkipArguments, make_blocks: MakeBlocks, make_trainer: MakeTrainer
+) -> None:
+    blocks = make_blocks(6)
+    ids_BT = torch.stack([block["input_ids"] for block in blocks])
+    first = make_trainer(tiny(), tmp_path / "first", blocks, layerskip, max_steps=3, learning_rate=1e-2)
+    first.train()
+    with torch.no_grad():
+        trained = first.model.eval()(input_ids=ids_BT).logits
+    first.adapted.peft_config["default"].base_model_name_or_path = "runs/base"
+    first.save_trained()
+    going_on = replace(layerskip, lora_from=str(tmp_path / "first" / "adapter"))
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(tiny(), training, going_on).eval()(input_ids=ids_BT).logits, trained)
+    with pytest.raises(ValueError, match=r"adapter needs --lora_rank 2 --lora_alpha 16\.$"):
+        prepared(tiny(), training, replace(going_on, lora_rank=3))
+    with pytest.raises(ValueError, match=r"^--lora_from: .* is an adapter of another model, or of other matrices\.$"):
+        prepared(tiny(num_hidden_layers=2), training, going_on)
+    with pytest.raises(ValueError, match=r"^--lora_from: .* is no folder of an adapter\.$"):
+        prepared(tiny(), training, replace(going_on, lora_from=str(tmp_path)))
+    (tmp_path / "first" / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"^--lora_from: .*safetensors is missing or damaged\.$"):
+        prepared(tiny(), training, going_on)
+    with pytest.raises(ValueError, match="--lora_from is an adapter to begin with, and needs --lora_rank"):
+        LayerSkipArguments(lora_from="adapter")
 
 
 def test_no_adapters_with_fsdp(tiny: MakeModel, tmp_path: Path, layerskip: LayerSkipArguments) -> None:
