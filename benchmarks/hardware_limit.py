@@ -48,7 +48,7 @@ from self_speculation.measuring.figures import Comparison, Counts, SpeedUp
 from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
 from self_speculation.measuring.probes import PROBES, Probes
-from self_speculation.measuring.rivals import RIVALS
+from self_speculation.measuring.rivals import RIVALS, TRANSFORMERS_RIVALS
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import styled
@@ -78,8 +78,8 @@ class LimitArguments(Settings):
     num_prompts: int = setting(2, help="Prompts at batch 1.", at_least=1)
     repeats: int = setting(2, help="Rounds; times are medians over them.", at_least=1)
     rivals: list[str] = setting(
-        default_factory=lambda: list(RIVALS),
-        help=f"Of transformers' own: {', '.join(RIVALS)}; hf_static compiles, which takes its time.",
+        default_factory=lambda: list(TRANSFORMERS_RIVALS),
+        help=f"Of {', '.join(RIVALS)}; hf_static compiles, which takes its time.",
     )
     compile: Literal["none", "default", "max"] = setting(
         "none", help="How our strategies' steps are compiled; each batch size anew."

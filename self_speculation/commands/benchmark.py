@@ -110,7 +110,8 @@ class BenchmarkConfig(GenerationConfig):
     generation_strategy: list[str] = setting(  # type: ignore[assignment]
         default_factory=lambda: ["autoregressive"],
         help="One or several of autoregressive, early_exit, self_speculative, and transformers' own "
-        "hf_generate, hf_static (with a static cache, compiled) and hf_early_exit (with assistant_early_exit).",
+        "hf_generate, hf_static (with a static cache, compiled) and hf_early_exit (with assistant_early_exit), and "
+        "llama_cpp and llama_cpp_4bit (the same weights in llama.cpp).",
     )
 
     def check_batches(self) -> None:

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.generation_defaults import ignore_defaults
-from self_speculation.decoding.stopping import StopReason, StopRule
+from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -38,6 +38,8 @@ from self_speculation.generator_base import (
     RowStep,
     check_exit_layer,
 )
+from self_speculation.measuring.answered_row import AnsweredRow
+from self_speculation.measuring.llama_cpp import LlamaCppFourBitStrategy, LlamaCppStrategy
 
 # What torch says on CPUs where the logits that it is to sample from are not finite.
 NO_PROBABILITIES = "probability tensor contains"
@@ -179,32 +181,6 @@ class HuggingfaceStaticStrategy(HuggingfaceStrategy):
         except torch._dynamo.exc.TorchDynamoException as error:
             cause = " ".join(str(error).splitlines()[:2])
             raise ValueError(f"--generation_strategy hf_static: torch.compile does not work here ({cause}).") from error
-
-
-@dataclass
-class AnsweredRow:
-    """A row while what transformers delivers becomes its steps: at most `limit` tokens, and why it ends with them."""
-
-    limit: int
-    limit_reason: StopReason
-    tokens: list[int] = field(default_factory=list)
-    is_ended: bool = False
-
-    def step(self, tokens: list[int], drafted: list[int], stop_rule: StopRule) -> RowStep:
-        """The delivered tokens as a step, cut at the stop; an empty one if the row has ended."""
-        if self.is_ended:
-            return RowStep()
-        new, reason = stop_rule.cut(self.tokens, tokens)
-        drafted = drafted[: len(new)] if reason else drafted
-        pairs = zip(drafted, new, strict=False)
-        accepted = next(
-            (index for index, (one, other) in enumerate(pairs) if one != other), min(len(drafted), len(new))
-        )
-        self.tokens += new
-        if reason is None and len(self.tokens) == self.limit:
-            reason = self.limit_reason
-        self.is_ended = reason is not None
-        return RowStep(drafted, accepted, new, reason)
 
 
 @dataclass(frozen=True)
@@ -404,8 +380,13 @@ def _sampling_options(config: GenerationConfig) -> dict[str, Any]:
     return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
 
 
-RIVALS: Mapping[str, type[GenerationStrategy]] = {
+TRANSFORMERS_RIVALS: Mapping[str, type[GenerationStrategy]] = {
     "hf_generate": HuggingfaceStrategy,
     "hf_early_exit": HuggingfaceEarlyExitStrategy,
     "hf_static": HuggingfaceStaticStrategy,
+}
+RIVALS: Mapping[str, type[GenerationStrategy]] = {
+    **TRANSFORMERS_RIVALS,
+    "llama_cpp": LlamaCppStrategy,
+    "llama_cpp_4bit": LlamaCppFourBitStrategy,
 }
