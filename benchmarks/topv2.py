@@ -3,6 +3,9 @@
 python benchmarks/topv2.py --data_path "$LAYERSKIP_DATA/topv2" --output_dir runs/topv2 --muon True --p_max 0.2 \\
     --layer_dropout_schedule constant --e_scale 1.0 --early_exit_curriculum gradual
 
+python benchmarks/topv2.py --data_path "$LAYERSKIP_DATA/topv2" --output_dir runs/topv2-real --trained_model MODEL \\
+    --exits 8 15 22 --dtype bfloat16 --compile default --draft_vocab 2000 --rivals hf_generate
+
 Trained from scratch on TOPv2 alone, with a tokenizer of its own; the loss is of the parse, not of the utterance. Exact
 match of the full model, of early exit at 3L/4, L/2 and L/4 and of self-speculative decoding there, interleaved, beside
 the paper's 1.5B model. The trained model is a folder of OUTPUT_DIR and every measured row a line of topv2.jsonl, so a
@@ -14,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,9 +41,12 @@ from benchmarks.small_models import (
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
+from self_speculation.loading import ModelArguments
+from self_speculation.loading import load as load_model
 from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import interleaved
 from self_speculation.measuring.measurements import Measurement, Round
+from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.prompts.arguments import DatasetArguments
@@ -76,6 +82,30 @@ class TopV2Arguments(Settings):
     num_speculations: int = setting(8, help="d: tokens drafted a step.", at_least=1)
     seed: int = setting(0, help="Seed of the model, of its dropout and of the rows.")
     resume: bool = setting(False, help="Go on with the run in --output_dir that was interrupted.")
+    trained_model: str | None = setting(
+        None, help="A model that has learnt TOPv2, to be measured in place of a new one."
+    )
+    exits: list[int] = setting(
+        default_factory=list, help="Exit layers in the place of L/4, L/2 and 3L/4, where others were trained."
+    )
+    rivals: list[str] = setting(default_factory=list, help=f"Measured too: {', '.join(RIVALS)}.")
+    dtype: str = setting("float32", help="Of a model that was trained elsewhere: float32, bfloat16 …")
+    compile: Literal["none", "default", "max"] = setting("none", help="How our strategies' steps are compiled.")
+    draft_vocab: int | None = setting(None, help="Draft with that many of the most frequent tokens.", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exits and len(self.exits) != 3:
+            raise ValueError(f"--exits takes three layers, shallow to deep, not {len(self.exits)}.")
+        for name in self.rivals:
+            if name not in RIVALS:
+                raise ValueError(f"--rivals may be {', '.join(RIVALS)}, not {name!r}.")
+
+    def cells(self, num_layers: int) -> dict[str, Cell]:
+        """Where to exit, and how many tokens to draft, by the names of the table's rows."""
+        quarters = self.exits or [num_layers * quarter // 4 for quarter in (1, 2, 3)]
+        named = zip(("3L/4", "L/2", "L/4"), reversed(quarters), strict=True)
+        return {name: Cell(exit_layer, self.num_speculations) for name, exit_layer in named}
 
     def examples(self, split: str, num_samples: int) -> list[Example]:
         """That many prompts and responses of a split."""
@@ -106,20 +136,27 @@ def _labelled(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     return {"input_ids": prompt + response, "labels": [IGNORED_LABEL] * len(prompt) + response}
 
 
-def ways(arguments: TopV2Arguments, sizes: SmallModelArguments) -> dict[str, GenerationConfig]:
-    """The full model, early exit and self-speculative decoding, by the names of the table's rows."""
-    exits = dict(zip(("3L/4", "L/2", "L/4"), reversed(sizes.quarters), strict=True))
-    cells = {name: Cell(exit_layer, arguments.num_speculations) for name, exit_layer in exits.items()}
+def ways(arguments: TopV2Arguments, num_layers: int) -> dict[str, GenerationConfig]:
+    """The full model, early exit, self-speculative decoding and rivals, by the names of the table's rows."""
+    cells = arguments.cells(num_layers)
     decoding = greedy(arguments.max_steps, list(cells.values()))
-    full = decoding[AUTOREGRESSIVE]
+    full = decoding[AUTOREGRESSIVE].generation(compile=arguments.compile)
+    drafting = {"compile": arguments.compile, "draft_vocab": arguments.draft_vocab}
     return (
         {"full": full}
         | {
-            f"exit {name}": full.generation(generation_strategy="early_exit", exit_layer=exit_layer)
-            for name, exit_layer in exits.items()
+            f"exit {name}": full.generation(generation_strategy="early_exit", exit_layer=cell.exit_layer)
+            for name, cell in cells.items()
         }
-        | {f"self-speculative {name}": decoding[cell.name] for name, cell in cells.items()}
+        | {f"self-speculative {name}": decoding[cell.name].generation(**drafting) for name, cell in cells.items()}
+        | {name: full.generation(**_of_rival(name, cells["L/4"]), compile="none") for name in arguments.rivals}
     )
+
+
+def _of_rival(name: str, cell: Cell) -> dict[str, Any]:
+    """What a rival is told: where to exit too, if it drafts."""
+    values = cell._asdict()
+    return {"generation_strategy": name} | {field: values[field] for field in RIVALS[name].uses}
 
 
 def measure(side_by_side: SideBySide, examples: list[Example], log: RunLog) -> None:
@@ -159,7 +196,7 @@ def as_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for name, style in FIGURES.items():
         cells[name] = [_cell(_shown(own).get(name), style) for own in figures.values()]
         if name in PAPER["self-speculative L/2"]:
-            cells[f"{name}, paper"] = [_cell(PAPER[way].get(name), style) for way in figures]
+            cells[f"{name}, paper"] = [_cell(PAPER.get(way, {}).get(name), style) for way in figures]
     return pd.DataFrame(cells, index=pd.Index(figures, name="decoding"))
 
 
@@ -176,6 +213,8 @@ def load(
     arguments: TopV2Arguments, sizes: SmallModelArguments, layerskip: LayerSkipArguments, folder: Path
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The trained model and its tokenizer, from the folder, or trained now on one pass over random rows."""
+    if arguments.trained_model:
+        return load_model(ModelArguments(model=arguments.trained_model, dtype=arguments.dtype))
     examples = arguments.examples("train", sizes.train_steps * sizes.train_batch_size)
     texts = [example.prompt + example.response for example in examples]
     tokenizer = kept_tokenizer(folder / "tokenizer", lambda: train_tokenizer(texts, sizes.vocab_size))
@@ -193,7 +232,7 @@ def main() -> None:
     examples, known = arguments.examples("test", arguments.num_samples), arguments.known_utterances()
     begin(log, settings, arguments.resume)
     model, tokenizer = load(arguments, sizes, layerskip, log.folder)
-    measure(SideBySide(model, tokenizer, ways(arguments, sizes)), examples, log)
+    measure(SideBySide(model, tokenizer, ways(arguments, model.config.num_hidden_layers)), examples, log)
     figures = results(log.lines(), examples, known)
     table = as_table(figures)
     (log.folder / "topv2.md").write_text(markdown(table), encoding="utf-8")

@@ -10,7 +10,6 @@ import torch
 from transformers import Trainer
 
 from benchmarks import topv2
-from benchmarks.small_models import SmallModelArguments
 from benchmarks.topv2 import TopV2Arguments
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.prompts.example import Example
@@ -85,6 +84,8 @@ def test_a_restart_neither_trains_nor_decodes_again(
         ("--resume True --seed 5", "--seed"),
         ("--num_samples 0", "--num_samples"),
         ("--num_speculations 0", "--num_speculations"),
+        ("--exits 1 2", "--exits"),
+        ("--rivals other", "--rivals"),
         ("--data_path nowhere", "nowhere"),
     ],
 )
@@ -115,7 +116,7 @@ def test_only_the_parse_is_learnt() -> None:
 
 
 def test_ways_exit_at_three_quarters_and_draft_there() -> None:
-    found = topv2.ways(TopV2Arguments("x", num_speculations=5, max_steps=7), SmallModelArguments(num_layers=12))
+    found = topv2.ways(TopV2Arguments("x", num_speculations=5, max_steps=7), num_layers=12)
     settings = {name: (c.generation_strategy, c.exit_layer, c.num_speculations) for name, c in found.items()}
     assert settings == {
         "full": ("autoregressive", None, None),
@@ -128,6 +129,21 @@ def test_ways_exit_at_three_quarters_and_draft_there() -> None:
     }
     assert {c.max_new_tokens for c in found.values()} == {7}
     assert not any(c.sample for c in found.values())
+
+
+def test_a_model_that_was_trained_elsewhere_is_measured(
+    run_main: Callable[..., int], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
+    flags = ["--trained_model", str(finished / "model"), "--exits", "1", "2", "2", "--rivals", "hf_generate"]
+    assert run_main(tmp_path / "measured", *flags, "hf_early_exit") == 0
+    document = json.loads((tmp_path / "measured" / "topv2.json").read_text())
+    assert list(document["decoding"]) == [*WAYS, "hf_generate", "hf_early_exit"]
+    before = RunLog(finished, "topv2").lines()
+    for line, earlier in zip(RunLog(tmp_path / "measured", "topv2").lines(), before, strict=True):
+        assert {line["ways"][name]["text"] for name in (*WAYS[:1], *WAYS[4:], "hf_generate")} == {
+            earlier["ways"]["full"]["text"]
+        }
 
 
 def answered(text: str, tokens: list[int], seconds: float, drafted: int) -> dict[str, Any]:
