@@ -109,7 +109,12 @@ class GgufCheckpoint(Pretrained):
         from transformers import GgufConfig
 
         dequantised = {"quantization_config": GgufConfig(dequantize=True)}
-        return replace(self, options=self.options | dequantised)._plain_model()
+        model = replace(self, options=self.options | dequantised)._plain_model()
+        path = Path(self.name) / self.options["gguf_file"]
+        if path.is_file():
+            # By this an adapter finds its base again, beside which there may be other files.
+            model.name_or_path = model.config.name_or_path = str(path)
+        return model
 
     def _plain_model(self) -> PreTrainedModel:
         return super().model()

@@ -43,6 +43,8 @@ def test_a_file_its_folder_and_its_name_are_one_model(
     ):
         model, own = load(arguments)
         assert model.dtype == torch.float32
+        # Adapters name it as their base.
+        assert model.name_or_path == model.config.name_or_path == str(file)
         torch.testing.assert_close(model(tokens).logits, expected)
         assert own("def add(a, b)")["input_ids"] == tokenizer("def add(a, b)")["input_ids"]
         assert (own.bos_token, own.eos_token, own.unk_token) == ("<s>", "</s>", None)
