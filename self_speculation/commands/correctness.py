@@ -1,6 +1,7 @@
-"""Check that self-speculative decoding gives the full model's greedy output, token by token. Exit code 0 or 1.
+"""Check that self-speculative decoding gives the full model's own output, token by token. Exit code 0 or 1.
 
 python correctness.py --exit_layer 1:11 --num_speculations 1,2,4,8 --max_steps 128
+python correctness.py --exit_layer 3 --num_speculations 4 --sample True --sampling coupled
 python correctness.py --dataset human_eval --num_samples 20 --model facebook/layerskip-llama3.2-1B
 """
 
@@ -39,9 +40,9 @@ MOST_SENTENCES = 5
 
 @dataclass
 class CorrectnessConfig(GenerationConfig):
-    """Greedy decoding over a grid of exit layers and draft lengths."""
+    """Greedy decoding, or coupled sampling, over a grid of exit layers and draft lengths."""
 
-    sample: bool = setting(False, help="Must be False: samples agree in distribution only.")
+    sample: bool = setting(False, help="True with --sampling coupled only: other samples agree in distribution only.")
     generation_strategy: str = setting("self_speculative", help="Accepted, and always self_speculative.")
     # As flags they are text; from `__post_init__` on the base's numbers, None, and the grid is in two lists.
     exit_layer: str | None = setting(  # type: ignore[assignment]
@@ -51,8 +52,10 @@ class CorrectnessConfig(GenerationConfig):
     batch_size: int = setting(1, help="Prompts decoded together.", at_least=1)
 
     def __post_init__(self) -> None:
-        if self.sample:
-            raise ValueError("--sample True: sampled outputs agree in distribution, not token for token; use False.")
+        if self.sample and self.sampling != "coupled":
+            raise ValueError(
+                "--sample True: sampled outputs agree in distribution, not token for token, but for --sampling coupled."
+            )
         self.exit_layers = numbers("exit_layer", self.exit_layer, least=1)
         self.draft_lengths = numbers("num_speculations", self.num_speculations, least=0)
         self.exit_layer = self.num_speculations = None

@@ -154,7 +154,9 @@ class EquivalenceCheck:
         self.model = model
         self.config = config
         self.cells = cells
-        self.noise_floors = [NoiseFloor(d) for d in sorted({cell.num_speculations for cell in cells} - {0})]
+        # It is of greedy decoding.
+        widths = set() if config.sample else {cell.num_speculations for cell in cells} - {0}
+        self.noise_floors = [NoiseFloor(num_speculations) for num_speculations in sorted(widths)]
         self.baseline = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
         self.candidate = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
         self.judge = Judge(model, self.baseline.request([], config))
@@ -172,7 +174,8 @@ class EquivalenceCheck:
             for row, actual in enumerate(self.candidate.generate(encoded, config)):
                 cell.drafted += actual.num_drafted
                 cell.accepted += actual.num_accepted
-                judgement = self.judge.judge(encoded[row], actual.tokens)
+                copy = encoded[:row].count(encoded[row])
+                judgement = self.judge.judge(encoded[row], actual.tokens, copy)
                 cell.add(self.num_samples + row, judgement, actual.tokens == expected[row])
             yield cell
         self._measure_noise(self.baseline.request(encoded, eager), expected)

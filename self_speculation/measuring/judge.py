@@ -1,4 +1,4 @@
-"""Is an answer the full model's greedy one? Every token of it is judged, and so is its end.
+"""Is an answer the full model's own? Every token of it is judged, and so is its end.
 
 The full model reads prompt and answer once, teacher-forced, by transformers' own forward pass, in float32 from the same
 weights. A token is *exact* if no logit, after the logits processors, is greater than its own; *within rounding* if it
@@ -15,6 +15,10 @@ both safe and tight. For the 135 M model the bound is about 2 eps · max|logit|.
 
 In 32 or 64 bits the model itself is the judge, and the bound is 4 eps · max|logit|.
 
+Coupled sampling takes the greatest of log p + g, with noise g that is known. So its answers are judged in the same way.
+Rounding can also move a token over the border of top-k or top-p: such a token is neither held against an answer that
+has it, nor against one that lacks it.
+
 Shapes: T tokens of an answer, V vocabulary.
 """
 
@@ -28,8 +32,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
+from self_speculation.decoding.config import GenerationConfig
 from self_speculation.decoding.request import GenerationRequest
-from self_speculation.decoding.sampling import process_logits
+from self_speculation.decoding.sampling import COUPLED_STREAM, filtered, gumbel, noise, process_logits, warpers
 
 # The bound in 16 bits, in standard deviations of the measured error, and in more bits, in eps · max|logit|.
 MOST_DEVIATIONS = 8.0
@@ -92,6 +97,48 @@ class Judgement:
         return [difference for difference in self.differences if not difference.is_tie]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What tokens are chosen by, the greatest one each time, (T, V), and the bounds (T) of their rounding.
+
+    By `exact_TV` the full model chooses. In `certain_TV` is what a filter keeps whatever is rounded, in `possible_TV`
+    what it may keep; −∞ stands for the others.
+    """
+
+    exact_TV: Tensor
+    certain_TV: Tensor
+    possible_TV: Tensor
+    bounds_T: Tensor
+
+    @classmethod
+    def greedy(cls, logits_TV: Tensor, bounds_T: Tensor) -> "Scores":
+        """Logits as they are."""
+        return cls(logits_TV, logits_TV, logits_TV, bounds_T)
+
+    @classmethod
+    def coupled(cls, logits_TV: Tensor, bounds_T: Tensor, config: GenerationConfig, keys_T: Tensor) -> "Scores":
+        """log p + g, but for a constant, where g belongs to the keys (T) of the places."""
+        logits_TV, bounds_T = logits_TV.double(), bounds_T.double() / config.temperature
+        g_TV = gumbel(keys_T, logits_TV.shape[-1])
+        exact, certain, possible = (
+            torch.stack([_kept(*row, config) for row in zip(logits_TV, slack_T.tolist(), strict=True)])
+            for slack_T in (torch.zeros_like(bounds_T), -bounds_T, bounds_T)
+        )
+        return cls(exact + g_TV, certain + g_TV, possible + g_TV, bounds_T)
+
+
+def _kept(logits_V: Tensor, slack: float, config: GenerationConfig) -> Tensor:
+    """Logits (V) over the temperature that the filters keep, if each may be off by `slack`: more tokens, or fewer."""
+    scaled_V, top_p = logits_V / config.temperature, config.top_p
+    if top_p < 1:
+        # Where no logit is off by more than s, the probability F of a set is not off by more than 2 s F (1 − F).
+        top_p = min(max(top_p + 2 * slack * top_p * (1 - top_p), torch.finfo(torch.double).tiny), 1.0)
+    kept_V = filtered(logits_V[None, None], warpers(config.temperature, config.top_k, top_p))[0, 0].isfinite()
+    is_kept_V = scaled_V >= scaled_V[kept_V].min() - 2 * slack if slack else kept_V
+    is_kept_V[scaled_V.argmax()] = True
+    return scaled_V.masked_fill(~is_kept_V, -math.inf)
+
+
 class Judge:
     """Judges answers to prompts like a request's: the same limits, stops and logits processors.
 
@@ -99,13 +146,14 @@ class Judge:
     """
 
     def __init__(self, model: LlamaForCausalLM, request: GenerationRequest) -> None:
-        if request.config.sample:
+        if request.config.sample and request.config.sampling != "coupled":
             raise ValueError("Sampled answers cannot be judged: they agree in distribution, not token for token.")
         self.model = model
+        self.config = request.config
         self.stop_rule = request.stop_rule
         self.max_new_tokens = request.config.max_new_tokens
         self.processors: LogitsProcessorList = request.all_processors()
-        self._judged: dict[tuple[tuple[int, ...], tuple[int, ...]], Judgement] = {}
+        self._judged: dict[tuple[tuple[int, ...], tuple[int, ...], int], Judgement] = {}
 
     @cached_property
     def exact_model(self) -> LlamaForCausalLM:
@@ -118,24 +166,33 @@ class Judge:
         judge.exact_model = self.exact_model
         return judge
 
-    def judge(self, prompt: list[int], tokens: list[int]) -> Judgement:
-        """An answer, as token ids, to a prompt."""
-        key = tuple(prompt), tuple(tokens)
+    def judge(self, prompt: list[int], tokens: list[int], copy: int = 0) -> Judgement:
+        """An answer, as token ids, to a prompt, of which `copy` others stood before it in the batch."""
+        key = tuple(prompt), tuple(tokens), copy if self.config.sample else 0
         if key not in self._judged:
-            self._judged[key] = self._judge(prompt, tokens)
+            self._judged[key] = self._judge(prompt, tokens, copy)
         return self._judged[key]
 
-    def _judge(self, prompt: list[int], tokens: list[int]) -> Judgement:
+    def _judge(self, prompt: list[int], tokens: list[int], copy: int) -> Judgement:
         """Tokens up to where the answer ends, or should have; then the end."""
         limit = min(self.max_new_tokens, self.model.config.max_position_embeddings - len(prompt))
         kept, stop = self.stop_rule.cut([], tokens[:limit])
-        logits_TV, bounds_T = self._read(prompt, kept)
-        differences = [self._at(position, token, logits_TV, bounds_T) for position, token in enumerate(kept)]
+        scores = self._scores(prompt, kept, copy)
+        differences = [self._at(position, token, scores) for position, token in enumerate(kept)]
         if len(kept) < len(tokens):
             differences.append(Difference(len(kept), None, tokens[len(kept)]))
         elif stop is None and len(kept) < limit:
-            differences.append(Difference(len(kept), int(logits_TV[-1].argmax()), None))
+            differences.append(Difference(len(kept), int(scores.exact_TV[-1].argmax()), None))
         return Judgement(len(kept), tuple(difference for difference in differences if difference is not None))
+
+    def _scores(self, prompt: list[int], tokens: list[int], copy: int) -> Scores:
+        """What the tokens, and the one after them, are chosen by."""
+        logits_TV, bounds_T = self._read(prompt, tokens)
+        if not self.config.sample:
+            return Scores.greedy(logits_TV, bounds_T)
+        end = len(prompt) + len(tokens) + 1
+        keys_C = noise(self.config.seed, [prompt] * (copy + 1), end)[copy, :, COUPLED_STREAM]
+        return Scores.coupled(logits_TV, bounds_T, self.config, keys_C[len(prompt) :])
 
     @torch.inference_mode()
     def _read(self, prompt: list[int], tokens: list[int]) -> tuple[Tensor, Tensor]:
@@ -158,9 +215,11 @@ class Judge:
         return model(tokens_1C, use_cache=False, logits_to_keep=count).logits.to(tokens_1C.device)
 
     @staticmethod
-    def _at(position: int, token: int, logits_TV: Tensor, bounds_T: Tensor) -> Difference | None:
+    def _at(position: int, token: int, scores: Scores) -> Difference | None:
         """Where a token is not the full model's; a margin that is no number is wrong."""
-        logits_V = logits_TV[position]
-        best = int(logits_V.argmax())
-        margin = float(logits_V[best] - logits_V[token])
-        return None if margin == 0 else Difference(position, best, token, margin, float(bounds_T[position]))
+        exact_V = scores.exact_TV[position]
+        best = int(exact_V.argmax())
+        if exact_V[token] == exact_V[best]:
+            return None
+        margin = max(float(scores.certain_TV[position].max() - scores.possible_TV[position, token]), 0.0)
+        return Difference(position, best, token, margin, float(scores.bounds_T[position]))

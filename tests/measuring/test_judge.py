@@ -14,7 +14,7 @@ from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import correctness
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.equivalence import CellReport, NoiseFloor, read_again
-from self_speculation.measuring.judge import Difference, Judge, Judgement
+from self_speculation.measuring.judge import Difference, Judge, Judgement, Scores
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 NUM_ANSWERS = 200
@@ -110,6 +110,50 @@ def test_a_token_within_rounding_is_a_tie(
         [[logits_V], [bound]] = bounds_of(model, copy.deepcopy(model).float(), prompt, [rival])
         assert found.margin == pytest.approx(float(logits_V[token] - logits_V[rival]), rel=1e-3)
         assert found.tolerance == pytest.approx(float(bound), rel=1e-3)
+
+
+COUPLED = GREEDY.generation(sample=True, sampling="coupled", temperature=0.8, top_k=40, top_p=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_coupled_answers_are_judged_token_by_token(
+    dtype: torch.dtype, make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Honest ones pass, two of one prompt too; any other token in the place of one drawn is found."""
+    model = make_model(num_hidden_layers=2, initializer_range=0.1).to(dtype)
+    generator, prompts = generator_of(model, tokenizer), make_prompts(60)
+    prompts[1] = prompts[0]
+    judge = Judge(model, generator.request([], COUPLED))
+    answers = answers_of(generator, prompts, COUPLED)
+    assert answers[0] != answers[1]
+    assert not judge.judge(prompts[1], answers[1], copy=1).failures
+    assert judge.judge(prompts[1], answers[1]).failures
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if number == 1:
+            continue
+        judged = judge.judge(prompt, answer)
+        assert not judged.failures
+        assert dtype == torch.bfloat16 or not judged.differences
+        place = number % len(answer)
+        # A rival that the filters keep may be within rounding by chance, one of the least probable is not.
+        rival = int(logits_of(model, prompt, answer)[place].argmin())
+        found = judge.judge(prompt, [*answer[:place], rival, *answer[place + 1 :]]).failures[0]
+        assert (found.position, found.expected_token, found.actual_token) == (place, answer[place], rival)
+
+
+def test_rounding_at_the_border_of_a_filter_is_not_held_against_an_answer() -> None:
+    """Two of four tokens are kept; the second and the third are nearly equal, and the third has the greatest noise."""
+    logits_TV, keys_T = torch.tensor([[3.0, 1.0, 0.999, -4.0]]).repeat(2000, 1), torch.rand(2000, dtype=torch.double)
+    config = GenerationConfig(sample=True, sampling="coupled", temperature=1.0, top_k=2, top_p=1.0)
+    for bound, has_ties in ((1e-4, False), (1e-2, True)):
+        scores = Scores.coupled(logits_TV, torch.full((2000,), bound), config, keys_T)
+        assert not (scores.exact_TV[:, 2:].isfinite()).any()
+        found = [Judge._at(place, 2, scores) for place in range(2000)]
+        assert any(one is not None and one.is_tie for one in found) == has_ties
+        assert all(one is not None and (one.is_tie or one.margin > bound) for one in found)
+    # Nor is what the filter may have left out: where the second has the greatest noise, the first may stand instead.
+    found = [Judge._at(place, 0, scores) for place in range(2000)]
+    assert all(one is None or one.is_tie for one in found)
 
 
 def test_the_float32_copy_is_made_once_and_each_answer_is_read_once(
