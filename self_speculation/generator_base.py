@@ -222,9 +222,9 @@ class HuggingfaceLlamaGenerator:
         tokens = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
         context = self.model.config.max_position_embeddings
         if not tokens:
-            raise ValueError("The prompt is empty, and the tokenizer has no token to begin with.")
+            raise ValueError("--prompt: the prompt is empty, and the tokenizer has no token to begin with.")
         if len(tokens) >= context:
-            raise ValueError(f"The prompt has {len(tokens)} tokens; the model's context is {context}.")
+            raise ValueError(f"--prompt: the prompt has {len(tokens)} tokens; the model's context is {context}.")
         return [self._token_id(token) for token in tokens]
 
     def _token_id(self, token: Any) -> int:

@@ -161,7 +161,8 @@ def with_recipe(folder: Path, args: list[str]) -> list[str]:
     A recipe is a YAML file of flags and their values in `folder`, or a path to one.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe")
+    # Without a value it is the program's own parser that says so.
+    parser.add_argument("--recipe", nargs="?")
     name = parser.parse_known_args(args)[0].recipe
     if name is None:
         return args

@@ -92,6 +92,8 @@ class GenerateArguments(Settings):
                 yield regular_file("prompt_file", self.prompt_file).read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"--prompt_file: {self.prompt_file} is not UTF-8 text.") from error
+            except OSError as error:
+                raise ValueError(f"--prompt_file: {self.prompt_file}: {error.strerror}.") from error
         elif self.prompt is not None:
             yield self.prompt
         else:

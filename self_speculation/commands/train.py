@@ -75,6 +75,8 @@ def check(
         raise ValueError("--output_dir must not be empty.")
     if training.batch_eval_metrics:
         raise ValueError("--batch_eval_metrics True does not go with the measures of every exit.")
+    if not training.eval_do_concat_batches:
+        raise ValueError("--eval_do_concat_batches False does not go with the measures of every exit.")
     if texts.streaming and training.max_steps < 1:
         raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
     for flag in ("lora_rank", "anchor_weight"):
@@ -84,8 +86,8 @@ def check(
 
 def rendezvous_seconds(args: list[str]) -> int:
     """What `--rendezvous_timeout` says, before all flags are read; what is wrong with it is said then."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--rendezvous_timeout", default=str(RENDEZVOUS_SECONDS))
+    parser, default = ArgumentParser(add_help=False, allow_abbrev=False), str(RENDEZVOUS_SECONDS)
+    parser.add_argument("--rendezvous_timeout", nargs="?", default=default, const=default)
     given = parser.parse_known_args(args)[0].rendezvous_timeout
     return int(given) if given.isdecimal() else RENDEZVOUS_SECONDS
 

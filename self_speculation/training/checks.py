@@ -25,6 +25,8 @@ LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
 }
+# More noise than any embedding can use, and less than float32 can hold.
+MOST_NOISE = 1e6
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 RNG_STATES = "rng_state*.pth"
 
@@ -42,6 +44,8 @@ def check_numbers(training: TrainingArguments) -> None:
     for name, least in LEAST.items():
         if getattr(training, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(training, name)}.")
+    if abs(training.neftune_noise_alpha or 0) > MOST_NOISE:
+        raise ValueError(f"--neftune_noise_alpha must be at most {MOST_NOISE:g}, not {training.neftune_noise_alpha}.")
     if training.lr_scheduler_kwargs and not isinstance(training.lr_scheduler_kwargs, dict):
         raise ValueError(f"--lr_scheduler_kwargs must be a JSON object, not {training.lr_scheduler_kwargs!r}.")
     for name in BELOW_ONE:

@@ -16,6 +16,8 @@ from self_speculation.training.tokenizer import train_tokenizer
 
 # What the configuration of a Llama calls its family.
 FAMILY = "llama"
+# The largest vocabularies in use are a quarter of it. The trainer of tokenizers makes room for all of them at once.
+MOST_TOKENS = 1_000_000
 
 
 @dataclass
@@ -27,7 +29,7 @@ class TrainedModelArguments(Settings):
     config: str | None = setting(
         None, help="config.json of a new Llama, or its folder, in the place of the sizes below."
     )
-    vocab_size: int = setting(4096, at_least=1, help="Size of a new tokenizer's vocabulary.")
+    vocab_size: int = setting(4096, at_least=1, at_most=MOST_TOKENS, help="Size of a new tokenizer's vocabulary.")
     block_size: int = setting(256, at_least=1, help="Tokens in a training sequence.")
     eval_blocks: int = setting(256, at_least=1, help="Held-out sequences to evaluate on.")
     context_length: int = setting(1024, at_least=1, help="Longest sequence a new model is made for.")

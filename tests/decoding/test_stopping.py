@@ -130,8 +130,8 @@ def test_context_limit(
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
-        ([], "The prompt is empty"),
-        ([5] * 256, "The prompt has 256 tokens; the model's context is 256"),
+        ([], "--prompt: the prompt is empty"),
+        ([5] * 256, "--prompt: the prompt has 256 tokens; the model's context is 256"),
         ("a" * 300, "the model's context is 256"),
     ],
 )
