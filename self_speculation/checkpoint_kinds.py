@@ -36,7 +36,7 @@ from self_speculation.pretrained import Pretrained, is_finite
 GGUF_SUFFIX = ".gguf"
 # Files of which a folder has one when it has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 # A quantised file has no float type of its own: the one in which Llama models are published.
 DTYPE_OF_QUANTISED = torch.bfloat16
 # How a vocabulary is named whose digits stand alone. transformers would split such text as GPT-2 does.
@@ -98,7 +98,7 @@ class GgufCheckpoint(Pretrained):
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
-        named = {name: getattr(read, name) for name in SPECIAL_TOKENS}
+        named = {name: _token_of(fields, key) or getattr(read, name) for name, key in SPECIAL_TOKENS.items()}
         kept = {name: token for name, token in named.items() if token in {item["content"] for item in own}}
         return PreTrainedTokenizerFast(
             tokenizer_object=backend, chat_template=read.chat_template, clean_up_tokenization_spaces=False, **kept
@@ -133,6 +133,12 @@ class GgufCheckpoint(Pretrained):
         kinds = {tensor.tensor_type.name for tensor in self._reader().tensors if len(tensor.shape) > 1}
         own = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
         return own.get(min(kinds), DTYPE_OF_QUANTISED) if len(kinds) == 1 else DTYPE_OF_QUANTISED
+
+
+def _token_of(fields: dict[str, Any], key: str) -> str | None:
+    """A special token as the file names it: transformers 5.17 took another one for the end."""
+    number = fields.get(f"tokenizer.ggml.{key}_token_id")
+    return None if number is None else str(fields["tokenizer.ggml.tokens"].contents(number.contents()))
 
 
 @dataclass(frozen=True)
