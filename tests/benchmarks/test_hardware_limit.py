@@ -158,7 +158,10 @@ def test_what_was_measured_before_a_kill_is_kept(run_limit: Callable[..., int], 
         (("--max_steps", "4096"), "--prompt_tokens and --max_steps must be at most 4096 together"),
         (("--batch_sizes", "4", "0"), "--batch_sizes must be at least 1, not 0"),
         (("--minutes", "0"), "--minutes must be positive"),
-        (("--rivals", "hf_magic"), "--rivals may be hf_generate, hf_early_exit, hf_static, not 'hf_magic'"),
+        (
+            ("--rivals", "hf_magic"),
+            "--rivals may be hf_generate, hf_early_exit, hf_static, llama_cpp, llama_cpp_4bit, not 'hf_magic'",
+        ),
         (("--repeats", "0"), "--repeats must be at least 1"),
     ],
 )
