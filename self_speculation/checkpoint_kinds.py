@@ -7,6 +7,7 @@ base. An exit adapter stands beside a model that stays as it is.
 import importlib.util
 import json
 import sys
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,13 @@ class AdapterCheckpoint(Pretrained):
         base = replace(self.base, options=self.options | self.base.options).model()
         if base.config.tie_word_embeddings and self._changes_tied():
             self._refuse("lm_head.weight", "is the base's embeddings too, and the adapter changes one of them alone")
-        adapted = get_peft_model(base, PeftConfig.from_pretrained(self.name))
-        found = load_peft_weights(self.name, device="cpu")
-        self._check_adapter(get_peft_model_state_dict(adapted), found)
-        set_peft_model_state_dict(adapted, found)
-        merged: PreTrainedModel = adapted.merge_and_unload()
+        # It is of training, and of bases without a config.json, that they warn.
+        with warnings.catch_warnings(action="ignore"):
+            adapted = get_peft_model(base, PeftConfig.from_pretrained(self.name))
+            found = load_peft_weights(self.name, device="cpu")
+            self._check_adapter(get_peft_model_state_dict(adapted), found)
+            set_peft_model_state_dict(adapted, found)
+            merged: PreTrainedModel = adapted.merge_and_unload()
         self._check_numbers(merged)
         merged.config.name_or_path = self.name
         merged.name_or_path = self.name
