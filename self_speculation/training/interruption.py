@@ -29,6 +29,7 @@ class OutlivingWorkers:
             self.first(worker)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class SaveBeforeStopping(TrainerCallback):
@@ -55,6 +56,15 @@ class SaveBeforeStopping(TrainerCallback):
         finally:
             self._restore()
         self._deliver()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the Trainer before processes begin to load data: SIGTERM waits until they know what to do."""
+        if self.handlers and args.dataloader_num_workers:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the Trainer when there is a batch."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer."""
