@@ -54,6 +54,8 @@ class SaveBeforeStopping(TrainerCallback):
         try:
             yield
         finally:
+            # Blocked still, if the data of an epoch could not be loaded.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             self._restore()
         self._deliver()
 

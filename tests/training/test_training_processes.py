@@ -253,7 +253,7 @@ def test_a_stopped_run_goes_on_and_ends_like_the_uninterrupted_one(
         # Written when the first step is to begin.
         while not (stopped / "layerskip_run.json").exists() and time.monotonic() < end:
             time.sleep(0.005)
-        time.sleep(1.0 if workers else 0.2)  # Processes that load data have begun by then.
+        time.sleep(0.2)
         os.killpg(process.pid, number)  # As a terminal and many a scheduler do it.
         said = process.communicate(timeout=LIMIT_SECONDS)[1].decode()
     assert process.returncode == code, said
