@@ -1,7 +1,8 @@
 """What `--model` may name besides an ordinary checkpoint: a GGUF file, a PEFT adapter, or an exit adapter.
 
 The first two become ordinary models, which can be trained and saved like any other: a PEFT adapter is merged into its
-base. An exit adapter stands beside a model that stays as it is.
+base. An exit adapter stands beside a model that stays as it is; it may lie in that model's folder, or in the folder of
+its PEFT adapter.
 """
 
 import importlib.util
@@ -52,15 +53,15 @@ def checkpoint(name: str, options: dict[str, Any]) -> Pretrained:
     Raises:
         ValueError: a folder of several GGUF files, a damaged adapter, or a package that is needed is missing.
     """
-    if is_adapter(name):
-        return AdapterCheckpoint.of(Path(name), options)
     if has_exit_adapter(name):
         return ExitAdapterCheckpoint.of(Path(name), options)
     return _model_alone(name, options)
 
 
 def _model_alone(name: str, options: dict[str, Any]) -> Pretrained:
-    """An ordinary checkpoint or a GGUF file."""
+    """What decodes without an exit adapter."""
+    if is_adapter(name):
+        return AdapterCheckpoint.of(Path(name), options)
     file = options.get("gguf_file") or _gguf_file(Path(name))
     if file is None:
         return Pretrained(name, options)

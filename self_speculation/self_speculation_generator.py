@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.compilation import BACKEND
 from self_speculation.decoding.draft_head import DraftHeads
 from self_speculation.decoding.early_exit import check_exit_layer
 from self_speculation.decoding.step import StepPlan
@@ -22,7 +21,7 @@ class SelfSpeculativeStrategy(StepwiseStrategy):
 
     uses = ("exit_layer", "num_speculations", "draft_vocab")
 
-    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = BACKEND) -> None:
+    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] | None = None) -> None:
         super().__init__(model, backend)
         self.draft_heads = DraftHeads(model)
 

@@ -14,24 +14,29 @@ from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
 from self_speculation.decoding.compilation import BACKEND, CompiledSteps
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.kernels import Kernels, TorchKernels
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import warpers
 from self_speculation.decoding.session import EagerStep, Session, Step
 from self_speculation.decoding.step import EagerPasses, StepPlan
 from self_speculation.decoding.verification import CoupledRule, GreedyRule, SamplingRule, VerificationRule
+from self_speculation.decoding.width_invariant import WidthInvariantKernels, why_not
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
 
 
 class StepwiseStrategy(GenerationStrategy):
     """Decodes by steps that draft, verify and commit. A subclass writes `plan`.
 
-    `backend` is torch.compile's, for steps that are compiled. One generation at a time.
+    `backend` is torch.compile's, for steps that are compiled. A plain Llama on a CPU needs none, unless one is given:
+    what is compiled for it is one library that runs its passes. One generation at a time.
     """
 
-    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = BACKEND) -> None:
+    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] | None = None) -> None:
         super().__init__(model)
-        self.compiled_steps = CompiledSteps(model, backend)
+        self.compiled_steps = CompiledSteps(model, backend or BACKEND)
+        self.takes_own_kernels = backend is None
+        self.width_invariant: WidthInvariantKernels | None = None
         # The rows of a conversation, and by which plan their tokens were cached.
         self.kept: Rows | None = None
         self.plan_of_kept: StepPlan | None = None
@@ -66,7 +71,7 @@ class StepwiseStrategy(GenerationStrategy):
         rows.begin(request.prompts, limits, request.config.seed)
         # Known at once, lest an interruption in the middle of the prefill makes all of it unknown.
         rows.known = known
-        prefill(self.model, rows, plan, request.config.prefill_chunk, self.num_cached)
+        prefill(step.passes, rows, request.config.prefill_chunk, self.num_cached)
         if request.continues:
             rows.known = list(request.prompts[0])
         return Session(request, step, plan.num_speculations, context)
@@ -88,11 +93,26 @@ class StepwiseStrategy(GenerationStrategy):
     @torch.inference_mode()
     def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
         """The step over rows for the request. Logits processors are Python, row by row, and not compiled."""
-        fuse(self.model)
-        passes = EagerPasses(self.model, plan, verification_rule(request.config), request.all_processors())
-        if request.config.compile != "none" and not passes.processors:
+        config, kernels = request.config, self.kernels(request.config)
+        passes = EagerPasses(self.model, plan, verification_rule(config), request.all_processors(), kernels)
+        is_compiled = config.compile != "none" and isinstance(kernels, TorchKernels)
+        if is_compiled and not passes.processors:
             return self.compiled_steps.get(request, passes)
         return EagerStep(passes, self._rows(request, plan))
+
+    def kernels(self, config: GenerationConfig) -> Kernels:
+        """What runs the passes: kernels of our own where exactness is asked for, or compiling, and the model is plain.
+
+        Raises:
+            ValueError: exactness is asked for, and cannot be had.
+        """
+        fuse(self.model)
+        is_wanted = config.exact or (config.compile != "none" and self.takes_own_kernels)
+        if not is_wanted or (not config.exact and why_not(self.model) is not None):
+            return TorchKernels(self.model)
+        if self.width_invariant is None or not self.width_invariant.is_of(self.model):
+            self.width_invariant = WidthInvariantKernels(self.model)
+        return self.width_invariant
 
     def _rows(self, request: GenerationRequest, plan: StepPlan) -> Rows:
         """Rows for the request: a conversation's own while they have room, else new ones, of twice its size."""

@@ -200,6 +200,24 @@ def test_beside_the_weights_of_its_model(saved: Path, folder: Path, tmp_path: Pa
     assert exit_adapter(model, EXIT_LAYER) is not None
 
 
+def test_beside_the_peft_adapter_of_its_model(saved: Path, folder: Path, make_model: MakeModel, tmp_path: Path) -> None:
+    """Both are loaded: the model is the base with the PEFT adapter merged, and the exit adapter drafts for it."""
+    peft = pytest.importorskip("peft")
+    described = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted, both = peft.get_peft_model(make_model(), described, autocast_adapter_dtype=False), tmp_path / "both"
+    described.base_model_name_or_path = str(folder)
+    adapted.save_pretrained(both)
+    merged, _ = load(ModelArguments(model=str(both)))
+    assert exit_adapter(merged, EXIT_LAYER) is None
+    shutil.copy(saved / "exit_adapter.safetensors", both)
+    (both / "exit_adapter.json").write_text(json.dumps({"exit_layer": EXIT_LAYER}))
+    model, _ = load(ModelArguments(model=str(both)))
+    assert exit_adapter(model, EXIT_LAYER) is not None
+    tokens = torch.arange(9)[None]
+    assert torch.equal(model(tokens).logits, merged(tokens).logits)
+    assert not torch.equal(model(tokens).logits, load(ModelArguments(model=str(folder)))[0](tokens).logits)
+
+
 @pytest.mark.parametrize(("base", "named"), [("", "must name a model"), (3, "must name a model"), (".", "itself")])
 def test_a_base_that_is_none(base: object, named: str, saved: Path) -> None:
     (saved / "exit_adapter.json").write_text(json.dumps({"exit_layer": EXIT_LAYER, "base_model_name_or_path": base}))

@@ -92,8 +92,9 @@ def main() -> None:
     model, tokenizer = load(model_arguments)
     examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
+    most_ties = 0.0 if config.exact else MOST_TIES.get(model.dtype, 1.0)
     cells = [
-        CellReport(check_exit_layer(exit_layer, model), num_speculations, MOST_TIES.get(model.dtype, 1.0))
+        CellReport(check_exit_layer(exit_layer, model), num_speculations, most_ties)
         for exit_layer in config.exit_layers or [advice.exit_layer]
         for num_speculations in config.draft_lengths or [advice.num_speculations]
     ]

@@ -6,7 +6,6 @@ visible prefix of the cache is a symbol, on CUDA there is a graph for each power
 
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -83,16 +82,14 @@ class CompiledStep:
 
     def _warm_up_bucket(self, visible: int) -> None:
         """Run on prompts of two zeros, whose prefill allocates the cache."""
-        num_rows, model = len(self.rows.lengths_B), self.passes.model
-        num_speculations = self.passes.plan.num_speculations
-        with compiling(model, self.mode):
-            for _ in range(WARM_UP_RUNS):
-                self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
-                prefill(model, self.rows, self.passes.plan)
-                self.rows.cache.see(visible)
-                if not self.is_captured:
-                    torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
-                self._run(num_speculations)
+        num_rows, num_speculations = len(self.rows.lengths_B), self.passes.plan.num_speculations
+        for _ in range(WARM_UP_RUNS):
+            self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
+            prefill(self.passes, self.rows)
+            self.rows.cache.see(visible)
+            if not self.is_captured:
+                torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
+            self._run(num_speculations)
         if self.is_captured:
             self.captured[visible, num_speculations] = self._capture(num_speculations)
         self.warm.add(visible)
@@ -184,12 +181,6 @@ def compiled(function: Function, mode: str, backend: str | Function = BACKEND) -
             "max_autotune_report_choices_stats": False,
         }
     return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, backend=backend, options=options)
-
-
-def compiling(model: LlamaForCausalLM, mode: str) -> AbstractContextManager[None]:
-    """Where first calls belong. On CPUs `max` freezes the weights: they are constants of the graph, and prepacked."""
-    is_frozen = mode == "max" and model.device.type == "cpu" and not model.training
-    return torch._inductor.config.patch(freezing=is_frozen)
 
 
 def _with_own_code(function: Function) -> Function:

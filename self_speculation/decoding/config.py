@@ -52,8 +52,10 @@ class GenerationConfig(Settings):
     )
     compile: Literal["none", "default", "max"] = setting(
         "none",
-        help="Compile the decoding step: a minute at first, seconds from the cache on disk. max also tunes products "
-        "and, on CPUs, prepacks weights: that takes longer, and memory for packed copies.",
+        help="Compile the step: seconds for a plain Llama on a CPU, and exact; else a minute at first. max also tunes.",
+    )
+    exact: bool = setting(
+        False, help="Output is autoregressive decoding's, bit for bit, in any dtype and batch (plain Llamas on CPUs)."
     )
     draft_vocab: int | None = setting(
         None,

@@ -55,8 +55,11 @@ class DraftHead:
         return len(self.tokens_N) == num_tokens and weight is self.source and weight_version(weight) == self.version
 
     def logits(self, normed_BTD: Tensor) -> Tensor:
-        """Logits (B, T, V) of an exit's hidden states behind their norm; those of all other tokens are −∞."""
-        logits_BTN = linear(normed_BTD, self.rows_ND)
+        """Logits (B, T, V) of an exit's hidden states behind their norm."""
+        return self.spread(linear(normed_BTD, self.rows_ND))
+
+    def spread(self, logits_BTN: Tensor) -> Tensor:
+        """The logits of these tokens among those (B, T, V) of all others, which are −∞."""
         impossible = logits_BTN.new_full((*logits_BTN.shape[:2], len(self.source)), float("-inf"))
         return impossible.index_copy(-1, self.tokens_N, logits_BTN)
 

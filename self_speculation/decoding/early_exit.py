@@ -115,20 +115,6 @@ def head_logits(model: LlamaForCausalLM, normed_BTD: Tensor) -> Tensor:
     return model.lm_head(normed_BTD)
 
 
-def forward_early(
-    model: LlamaForCausalLM, tokens_BT: Tensor, exit_layer: int, positions_BT: Tensor, cache: KeyValueStore
-) -> Tensor:
-    """The exit states (B, T, D): what leaves layers [0, E)."""
-    return run_layers(model, embed(model, tokens_BT), range(exit_layer), positions_BT, cache)
-
-
-def forward_remainder(
-    model: LlamaForCausalLM, exit_states_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore
-) -> Tensor:
-    """Hidden states (B, T, D) after the last layer, going on from the exit states through layers [E, L)."""
-    return run_layers(model, exit_states_BTD, layers, positions_BT, cache)
-
-
 def forward_adapter(
     model: LlamaForCausalLM,
     adapter: ExitAdapter,
@@ -137,7 +123,18 @@ def forward_adapter(
     cache: KeyValueStore,
 ) -> Tensor:
     """What the LM head reads of an exit adapter (B, T, D), from the exit states; its keys and values are cached."""
-    return adapter.norm(_run(model, exit_states_BTD, [adapter.layer], positions_BT, cache))
+    return adapter.norm(run_adapter_layer(model, adapter, exit_states_BTD, positions_BT, cache))
+
+
+def run_adapter_layer(
+    model: LlamaForCausalLM,
+    adapter: ExitAdapter,
+    exit_states_BTD: Tensor,
+    positions_BT: Tensor,
+    cache: KeyValueStore,
+) -> Tensor:
+    """What leaves an exit adapter's layer (B, T, D), before its norm."""
+    return _run(model, exit_states_BTD, [adapter.layer], positions_BT, cache)
 
 
 def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:

@@ -74,9 +74,8 @@ class FusedLayer:
         self.head_dim = attention.head_dim
         self.num_groups = attention.num_key_value_groups
         self.num_key_heads = attention.k_proj.out_features // attention.head_dim
-        # Parameters, so that a compiler that is to prepack weights knows them for such.
-        self.heads = nn.Parameter(_side_by_side(attention.q_proj, attention.k_proj, attention.v_proj), False)
-        self.gate_up = nn.Parameter(_side_by_side(mlp.gate_proj, mlp.up_proj), False)
+        self.heads = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
         self.attention_out = attention.o_proj.weight
         self.mlp_out = mlp.down_proj.weight
         self.attention_norm = layer.input_layernorm
@@ -133,7 +132,7 @@ class FusedLayer:
 
 def linear(x_BTD: Tensor, weight_OD: Tensor) -> Tensor:
     """x Wᵀ, (B, T, O)."""
-    if not is_summed(x_BTD) or torch._inductor.config.freezing:
+    if not is_summed(x_BTD):
         return F.linear(x_BTD, weight_OD)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     return (x_BTD[..., None, :].to(wide) * weight_OD.to(wide)).sum(-1).to(x_BTD.dtype)

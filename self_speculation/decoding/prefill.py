@@ -6,31 +6,29 @@ Shapes: B batch, T positions of this call.
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.early_exit import forward_adapter, forward_early, forward_remainder
+from self_speculation.decoding.kernels import forward_early, forward_remainder
 from self_speculation.decoding.rows import Rows
 
 if TYPE_CHECKING:
-    from self_speculation.decoding.step import StepPlan
+    from self_speculation.decoding.step import EagerPasses
 
 
-def prefill(
-    model: LlamaForCausalLM, rows: Rows, plan: "StepPlan", chunk: int | None = None, num_cached: int = 0
-) -> None:
+def prefill(passes: "EagerPasses", rows: Rows, chunk: int | None = None, num_cached: int = 0) -> None:
     """Cache `tokens[:-1]` of every row in the layers of the plan: over right-padded prompts, without LM head.
 
     In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes. Of the rows'
     first `num_cached` tokens all layers have keys and values already.
     """
+    plan, kernels = passes.plan, passes.kernels
     longest = int(rows.lengths_B.max()) - 1
     chunk = chunk or max(longest, 1)
     for first in range(num_cached, longest, chunk):
         last = min(first + chunk, longest)
         rows.cache.see(last, is_prefill=first == 0)
         positions_BT = torch.arange(first, last, device=rows.lengths_B.device).expand(len(rows.lengths_B), -1)
-        exit_states_BTD = forward_early(model, rows.read(positions_BT), plan.exit_layer, positions_BT, rows.cache)
+        exit_states_BTD = forward_early(kernels, rows.read(positions_BT), plan.exit_layer, positions_BT, rows.cache)
         if plan.adapter is not None:
-            forward_adapter(model, plan.adapter, exit_states_BTD, positions_BT, rows.cache)
+            kernels.run_adapter(plan.adapter, exit_states_BTD, positions_BT, rows.cache)
         remainder = range(plan.exit_layer, plan.num_layers)
-        forward_remainder(model, exit_states_BTD, remainder, positions_BT, rows.cache)
+        forward_remainder(kernels, exit_states_BTD, remainder, positions_BT, rows.cache)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.early_exit import forward_adapter, forward_early, forward_remainder, head_logits
+from self_speculation.decoding.kernels import Kernels, forward_early, forward_remainder
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import process_logits
 from self_speculation.decoding.verification import Draft, Verdict, VerificationRule
@@ -81,13 +81,13 @@ class EagerPasses:
     plan: StepPlan
     rule: VerificationRule
     processors: LogitsProcessorList
+    kernels: Kernels
 
     def draft(self, rows: Rows, ahead: int | Tensor) -> DraftedToken:
         """Layers [0, E) read the token that stands `ahead` (a scalar) places after the pending one; draft the next."""
         position_B1 = rows.positions(1) + ahead
         exit_state_B1D = self._exit_states(rows, position_B1)
-        normed_B1D = self._read_by_head(rows, exit_state_B1D, position_B1)
-        q_logits_B1V = self._logits(rows, normed_B1D, position_B1, self.plan.draft_head)
+        q_logits_B1V = self._draft_logits(rows, exit_state_B1D, position_B1)
         next_B1 = position_B1 + 1
         token_B1, q_B1V = self.rule.propose(q_logits_B1V, rows.noise(next_B1))
         rows.write(next_B1, token_B1)
@@ -101,24 +101,25 @@ class EagerPasses:
         last_state_B1D = self._exit_states(rows, positions_BT[:, -1:])
         if self.plan.adapter is not None:
             # Its cache, too, must hold the last token, should all drafts be accepted.
-            self._read_by_head(rows, last_state_B1D, positions_BT[:, -1:])
+            self.kernels.run_adapter(self.plan.adapter, last_state_B1D, positions_BT[:, -1:], rows.cache)
         exit_states_BTD = torch.cat([*exit_states, last_state_B1D], dim=1)
         layers = range(self.plan.exit_layer, self.plan.num_layers)
-        hidden_BTD = forward_remainder(self.model, exit_states_BTD, layers, positions_BT, rows.cache)
-        return self._logits(rows, self.model.model.norm(hidden_BTD), positions_BT)
+        hidden_BTD = forward_remainder(self.kernels, exit_states_BTD, layers, positions_BT, rows.cache)
+        return self.processed(rows, self.kernels.logits(hidden_BTD, self.model.model.norm), positions_BT)
 
     def _exit_states(self, rows: Rows, positions_BT: Tensor) -> Tensor:
-        return forward_early(self.model, rows.read(positions_BT), self.plan.exit_layer, positions_BT, rows.cache)
+        return forward_early(self.kernels, rows.read(positions_BT), self.plan.exit_layer, positions_BT, rows.cache)
 
-    def _read_by_head(self, rows: Rows, exit_states_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """What the head that drafts reads (B, T, D): the exit states behind the final norm, or behind the adapter."""
-        if self.plan.adapter is None:
-            return self.model.model.norm(exit_states_BTD)
-        return forward_adapter(self.model, self.plan.adapter, exit_states_BTD, positions_BT, rows.cache)
+    def _draft_logits(self, rows: Rows, exit_states_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of the head that drafts, behind the final norm, or behind the adapter and its own."""
+        plan, hidden_BTD, norm = self.plan, exit_states_BTD, self.model.model.norm
+        if plan.adapter is not None:
+            hidden_BTD = self.kernels.run_adapter(plan.adapter, exit_states_BTD, positions_BT, rows.cache)
+            norm = plan.adapter.norm
+        return self.processed(rows, self.kernels.logits(hidden_BTD, norm, plan.draft_head), positions_BT)
 
-    def _logits(self, rows: Rows, normed_BTD: Tensor, positions_BT: Tensor, head: DraftHead | None = None) -> Tensor:
-        """Processed logits (B, T, V) for the tokens that follow the positions, by the LM head or a draft's own."""
-        logits_BTV = head_logits(self.model, normed_BTD) if head is None else head.logits(normed_BTD)
+    def processed(self, rows: Rows, logits_BTV: Tensor, positions_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) for the tokens that follow the positions."""
         logits_BTV = logits_BTV.to(rows.tokens_BC.device)
         # By its length: torch 2.11's compiler takes an empty list of this kind for a true one.
         if len(self.processors) == 0:

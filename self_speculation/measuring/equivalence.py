@@ -17,12 +17,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.early_exit import embed, exit_logits, run_layers, token_device
-from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.early_exit import token_device
+from self_speculation.decoding.kernels import Kernels, forward_early
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.sampling import process_logits
-from self_speculation.decoding.step import StepPlan
+from self_speculation.decoding.step import EagerPasses, StepPlan
+from self_speculation.decoding.verification import GreedyRule, most_probable
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, HuggingfaceLlamaGenerator
 from self_speculation.measuring.judge import Difference, Judge, Judgement
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
@@ -157,7 +157,8 @@ class EquivalenceCheck:
         # It is of greedy decoding.
         widths = set() if config.sample else {cell.num_speculations for cell in cells} - {0}
         self.noise_floors = [NoiseFloor(num_speculations) for num_speculations in sorted(widths)]
-        self.baseline = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+        self.baseline_strategy = AutoregressiveStrategy(model)
+        self.baseline = HuggingfaceLlamaGenerator(tokenizer, self.baseline_strategy)
         self.candidate = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
         self.judge = Judge(model, self.baseline.request([], config))
         self.num_samples = 0
@@ -166,7 +167,9 @@ class EquivalenceCheck:
         """Decode a batch of prompts by the baseline and in every cell; yields each cell when it is done."""
         encoded = [self.baseline.encode(prompt) for prompt in prompts]
         eager = dataclasses.replace(self.config, compile="none")
-        expected = [answer.tokens for answer in self.baseline.generate(encoded, eager)]
+        # In exact mode each answer is what it is alone.
+        batches = [[tokens] for tokens in encoded] if self.config.exact else [encoded]
+        expected = [answer.tokens for batch in batches for answer in self.baseline.generate(batch, eager)]
         for cell in self.cells:
             config = dataclasses.replace(
                 self.config, exit_layer=cell.exit_layer, num_speculations=cell.num_speculations
@@ -183,18 +186,17 @@ class EquivalenceCheck:
 
     def _measure_noise(self, request: GenerationRequest, answers: list[list[int]]) -> None:
         for floor in self.noise_floors:
-            chosen = read_again(self.model, request, answers, floor.num_speculations + 1)
+            kernels = self.baseline_strategy.kernels(request.config)
+            chosen = read_again(kernels, request, answers, floor.num_speculations + 1)
             for answer, at_width in zip(answers, chosen, strict=True):
                 floor.add(answer, at_width)
 
 
 @torch.inference_mode()
-def read_again(
-    model: LlamaForCausalLM, request: GenerationRequest, answers: list[list[int]], width: int
-) -> list[list[int]]:
+def read_again(kernels: Kernels, request: GenerationRequest, answers: list[list[int]], width: int) -> list[list[int]]:
     """The token that greedy decoding chooses at each place of the answers, when it reads `width` of them in a pass."""
-    fuse(model)
-    num_layers, processors = model.config.num_hidden_layers, request.all_processors()
+    model, processors = kernels.model, request.all_processors()
+    num_layers = model.config.num_hidden_layers
     lengths = torch.tensor([len(prompt) for prompt in request.prompts])
     most_new = max(map(len, answers))
     cache = PositionAddressedCache(num_layers, int(lengths.max()) + most_new + width, token_device(model))
@@ -202,16 +204,15 @@ def read_again(
     whole = [prompt + answer for prompt, answer in zip(request.prompts, answers, strict=True)]
     rows.begin(whole, limits=[len(tokens) for tokens in whole], seed=request.config.seed)
     rows.lengths_B.copy_(lengths)
-    prefill(model, rows, StepPlan(num_layers, 0, num_layers), request.config.prefill_chunk)
+    passes = EagerPasses(model, StepPlan(num_layers, 0, num_layers), GreedyRule(), processors, kernels)
+    prefill(passes, rows, request.config.prefill_chunk)
     chosen: list[list[int]] = [[] for _ in answers]
     for first in range(0, most_new, width):
         cache.see(int(lengths.max()) + first + width - 1)
         positions_BT = rows.positions(width)
-        hidden_BTD = run_layers(model, embed(model, rows.read(positions_BT)), range(num_layers), positions_BT, cache)
-        logits_BTV = exit_logits(model, hidden_BTD).to(positions_BT.device)
-        if processors:
-            logits_BTV = process_logits(logits_BTV, processors, rows.tokens_BC, positions_BT)
-        for tokens, new in zip(chosen, logits_BTV.argmax(-1).tolist(), strict=True):
+        hidden_BTD = forward_early(kernels, rows.read(positions_BT), num_layers, positions_BT, cache)
+        logits_BTV = passes.processed(rows, kernels.logits(hidden_BTD, model.model.norm), positions_BT)
+        for tokens, new in zip(chosen, most_probable(logits_BTV).tolist(), strict=True):
             tokens += new
         rows.lengths_B += width
     return [tokens[: len(answer)] for tokens, answer in zip(chosen, answers, strict=True)]

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.compilation import Function, compiled, compiling
+from self_speculation.decoding.compilation import Function, compiled
+from self_speculation.decoding.kernels import TorchKernels
 from self_speculation.decoding.session import Session
 from self_speculation.decoding.step import DraftGiven, EagerPasses, speculative_step
 from self_speculation.exit_adapter import exit_adapter
@@ -61,9 +62,8 @@ def measure_passes(
 ) -> PassCosts:
     """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
     passes = _passes(_waiting_session(model, request, max(drafts for _, drafts in cells)), cells, request.config)
-    with compiling(model, request.config.compile):
-        for run in passes.values():
-            run()
+    for run in passes.values():
+        run()
     seconds: dict[int | Cell, list[float]] = {key: [] for key in passes}
     for _ in tqdm(range(timing.rounds), desc="Timing passes", unit="round"):
         for key, run in passes.items():
@@ -90,17 +90,19 @@ def _waiting_session(model: LlamaForCausalLM, request: GenerationRequest, num_sp
 
 
 def _passes(session: Session, cells: Sequence[Cell], config: GenerationConfig) -> Runs:
-    """The passes, compiled if decoding is."""
+    """The passes, by the kernels that decoding has, and compiled if decoding is."""
     rows, own = session.step.rows, session.step.passes
+    kernels = SelfSpeculativeStrategy(own.model).kernels(config)
+    is_compiled = config.compile != "none" and isinstance(kernels, TorchKernels)
 
     def prepared(function: Function, *arguments: object) -> Callable[[], object]:
-        return partial(function if config.compile == "none" else compiled(function, config.compile), *arguments)
+        return partial(compiled(function, config.compile) if is_compiled else function, *arguments)
 
     timed: Runs = {}
     for cell in cells:
         exit_layer, num_speculations = cell
         plan = dataclasses.replace(own.plan, exit_layer=exit_layer, adapter=exit_adapter(own.model, exit_layer))
-        passes = dataclasses.replace(own, plan=plan)
+        passes = dataclasses.replace(own, plan=plan, kernels=kernels)
         ahead = torch.arange(num_speculations, device=rows.lengths_B.device).unbind()
         drafted = [passes.draft(rows, place) for place in ahead]
         if num_speculations:

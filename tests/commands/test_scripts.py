@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,13 +213,16 @@ def is_brief(command: Command) -> bool:
     ids=str,
 )
 def test_the_documents_commands_run(command: Command, run: Callable[..., int], rows: Path) -> None:
-    """Briefly, on the bundled checkpoint and local rows; what compiles has tests of its own."""
+    """Briefly, on the bundled checkpoint and local rows, with the rivals that are installed; what compiles has tests
+    of its own."""
     main, brief = SCRIPTS[command.program]
     flags = [*command.flags, "--model", str(BUNDLED_CHECKPOINT), "--output_dir", str(rows.parent / "logs")]
     if "--dataset" in flags:
         flags += ["--dataset", "custom_jsonl", "--data_path", str(rows)]
     if "--compile" in flags:
         flags += ["--compile", "none"]
+    if find_spec("llama_cpp") is None:
+        flags = [flag for flag in flags if not flag.startswith("llama_cpp")]
     if main is generate.main and "--prompt" not in flags:
         flags += ["--prompt", PROMPT]
     assert run(main, *flags, *brief, "--max_steps", 4) == 0

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
+from self_speculation.decoding.kernels import TorchKernels
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome, StepPlan, speculative_step
 from self_speculation.decoding.stopping import StopRule
@@ -204,7 +205,8 @@ def first_steps(
         request = GenerationRequest(prompts, config, stop_rule)
         rows = SelfSpeculativeStrategy(model).begin(request).step.rows
         plan = StepPlan(1, NUM_SPECULATIONS, model.config.num_hidden_layers)
-        passes = EagerPasses(model, plan, verification_rule(config), LogitsProcessorList())
+        rule, kernels = verification_rule(config), TorchKernels(model)
+        passes = EagerPasses(model, plan, rule, LogitsProcessorList(), kernels)
         for _ in range(NUM_STEPS):
             rows.cache.see(int(rows.lengths_B.max()) + NUM_SPECULATIONS)
             yield step(passes, rows, NUM_SPECULATIONS).unpack()
