@@ -39,6 +39,8 @@ constexpr int MOST_ROWS = 6;
 constexpr int64_t BYTES_AHEAD = 16384;
 constexpr int64_t CACHE_LINE = 64;
 constexpr int SECOND_CACHE = 2;
+// How many positions' queries read keys and values together.
+constexpr int64_t TOGETHER = 4;
 
 // Some elements of a row of weights, and how they are multiplied with as many of x. Types of 16 bits are widened into two
 // vectors of float32.
@@ -293,6 +295,7 @@ class Run {
           K(pass.head_dim),
           heads((pass.query_heads + 2 * pass.key_heads) * K),
           attended_size(pass.query_heads * K),
+          most_visible(*std::max_element(pass.positions, pass.positions + M) + 1),
           states(new W[M * D]),
           projected(new W[M * heads]),
           attended(new Operand<T>[M * attended_size]),
@@ -303,7 +306,7 @@ class Run {
 #pragma omp parallel num_threads(static_cast<int>(pass.threads))
         {
             const std::unique_ptr<Operand<T>[]> normed(new Operand<T>[M * D]);
-            const std::unique_ptr<W[]> scratch(new W[std::max(scores_size(), std::max(D, K))]);
+            const std::unique_ptr<W[]> scratch(new W[std::max(TOGETHER * pass.query_heads / pass.key_heads * scores_stride(), D)]);
             for (int64_t index = 0; index < pass.num_layers; ++index) {
                 run_layer(pass.layers[index], normed.get(), scratch.get());
             }
@@ -363,7 +366,6 @@ class Run {
     void attend(const Layer& layer, int64_t b, int64_t key_head, W* scores) {
         T* keys = static_cast<T*>(layer.keys) + (b * pass.key_heads + key_head) * pass.capacity * K;
         T* values = static_cast<T*>(layer.values) + (b * pass.key_heads + key_head) * pass.capacity * K;
-        const int64_t groups = pass.query_heads / pass.key_heads;
         for (int64_t m = b * pass.length; m < (b + 1) * pass.length; ++m) {
             W* key = projected.get() + m * heads + (pass.query_heads + key_head) * K;
             const W* value = key + pass.key_heads * K;
@@ -371,76 +373,100 @@ class Run {
             convert(key, K, keys + pass.positions[m] * K);
             convert(value, K, values + pass.positions[m] * K);
         }
-        for (int64_t m = b * pass.length; m < (b + 1) * pass.length; ++m) {
-            for (int64_t head = key_head * groups; head < (key_head + 1) * groups; ++head) {
-                W* query = projected.get() + m * heads + head * K;
-                rotate(query, pass.positions[m]);
-                attend_with(query, keys, values, pass.positions[m] + 1, scores,
-                            attended.get() + m * attended_size + head * K);
-            }
+        for (int64_t m = b * pass.length; m < (b + 1) * pass.length; m += TOGETHER) {
+            attend_at(m, std::min(TOGETHER, (b + 1) * pass.length - m), key_head, keys, values, scores);
         }
     }
 
-    void attend_with(const W* query, const T* keys, const T* values, int64_t visible, W* scores,
-                     Operand<T>* attended_K) const {
-        const std::unique_ptr<Operand<T>[]> operand(new Operand<T>[K]);
-        convert(query, K, operand.get());
-        W most = -std::numeric_limits<W>::infinity();
-        multiply<T>(keys, operand.get(), 1, K, 0, visible, [&](int64_t j, int64_t, W sum) {
-            scores[j] = sum * static_cast<W>(pass.scale);
-            most = std::max(most, scores[j]);
+    // The queries of a key head at a few positions; each of them is a row here.
+    void attend_at(int64_t first, int64_t count, int64_t key_head, const T* keys, const T* values, W* scores) {
+        const int64_t groups = pass.query_heads / pass.key_heads, rows = count * groups, stride = scores_stride();
+        const std::unique_ptr<Operand<T>[]> queries(new Operand<T>[rows * K]);
+        const std::unique_ptr<int64_t[]> visible(new int64_t[rows]);
+        const std::unique_ptr<W[]> sums(new W[rows * K]);
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t m = first + row / groups;
+            W* query = projected.get() + m * heads + (key_head * groups + row % groups) * K;
+            rotate(query, pass.positions[m]);
+            convert(query, K, queries.get() + row * K);
+            visible[row] = pass.positions[m] + 1;
+        }
+        const int64_t most_visible = *std::max_element(visible.get(), visible.get() + rows);
+        multiply<T>(keys, queries.get(), rows, K, 0, most_visible, [&](int64_t j, int64_t row, W sum) {
+            scores[row * stride + j] = sum * static_cast<W>(pass.scale);
         });
-        // Whole vectors, of which what lies beyond the visible positions counts for nothing.
+        for (int64_t row = 0; row < rows; ++row) {
+            softmax(scores + row * stride, visible[row]);
+        }
+        for (int64_t row = 0; row < rows; row += SIDE_BY_SIDE) {
+            const int beside = static_cast<int>(std::min<int64_t>(SIDE_BY_SIDE, rows - row));
+            add_values<SIDE_BY_SIDE>(beside, values, scores + row * stride, &visible[row], sums.get() + row * K);
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t m = first + row / groups, head = key_head * groups + row % groups;
+            convert(sums.get() + row * K, K, attended.get() + m * attended_size + head * K);
+        }
+    }
+
+    // In place, over the visible positions; in whole vectors, of which what lies beyond counts for nothing.
+    void softmax(W* scores, int64_t visible) const {
+        constexpr int64_t size = Vectorized<W>::size();
+        const W most = *std::max_element(scores, scores + visible);
         Vectorized<W> lanes(0);
-        for (int64_t j = 0; j < visible; j += Vectorized<W>::size()) {
+        for (int64_t j = 0; j < visible; j += size) {
             const auto power = (Vectorized<W>::loadu(scores + j) - Vectorized<W>(most)).exp();
-            const auto seen = Vectorized<W>::set(Vectorized<W>(0), power, std::min<int64_t>(Vectorized<W>::size(), visible - j));
+            const auto seen = Vectorized<W>::set(Vectorized<W>(0), power, std::min(size, visible - j));
             seen.store(scores + j);
             lanes = lanes + seen;
         }
-        add_values(values, scores, visible, 1 / horizontal_sum(lanes), attended_K);
+        const Vectorized<W> scale(1 / horizontal_sum(lanes));
+        for (int64_t j = 0; j < visible; j += size) {
+            (Vectorized<W>::loadu(scores + j) * scale).store(scores + j);
+        }
     }
 
-    // Σ score·value, in the order of the positions.
-    void add_values(const T* values, const W* scores, int64_t visible, W scale, Operand<T>* attended_K) const {
-        constexpr int64_t size = Chunk<T>::size;
-        int64_t k = 0;
-        for (; k + 2 * size <= K; k += 2 * size) {
-            add_chunks<2>(values + k, scores, visible, scale, attended_K + k);
+    template <int R>
+    void add_values(int rows, const T* values, const W* scores, const int64_t* visible, W* sums) const {
+        if (rows == R) {
+            sum_values<R>(values, scores, visible, sums);
+        } else if constexpr (R > 1) {
+            add_values<R - 1>(rows, values, scores, visible, sums);
         }
-        for (; k + size <= K; k += size) {
-            add_chunks<1>(values + k, scores, visible, scale, attended_K + k);
+    }
+
+    // Σ score·value for R rows, each in the order of the positions and as far as it sees.
+    template <int R>
+    void sum_values(const T* values, const W* scores, const int64_t* visible, W* sums) const {
+        using Part = Chunk<T>;
+        const int64_t common = *std::min_element(visible, visible + R), stride = scores_stride();
+        int64_t k = 0;
+        for (; k + Part::size <= K; k += Part::size) {
+            Vectorized<W> lanes[R][Part::count];
+            unrolled<R * Part::count>([&](auto i) INLINE_LAMBDA { lanes[i % R][i / R] = Vectorized<W>(0); });
+            const auto add = [&](int64_t j, const Part& value, auto r) INLINE_LAMBDA {
+                const Vectorized<W> score(scores[r * stride + j]);
+                unrolled<Part::count>([&](auto c) INLINE_LAMBDA {
+                    lanes[r][c] = at::vec::fmadd(score, value.part[c], lanes[r][c]);
+                });
+            };
+            for (int64_t j = 0; j < common; ++j) {
+                const auto value = Part::load(values + j * K + k);
+                unrolled<R>([&](auto r) INLINE_LAMBDA { add(j, value, r); });
+            }
+            unrolled<R>([&](auto r) INLINE_LAMBDA {
+                for (int64_t j = common; j < visible[r]; ++j) {
+                    add(j, Part::load(values + j * K + k), r);
+                }
+                unrolled<Part::count>([&](auto c) INLINE_LAMBDA { lanes[r][c].store(sums + r * K + k + c * Part::lanes); });
+            });
         }
         for (; k < K; ++k) {
-            W sum = 0;
-            for (int64_t j = 0; j < visible; ++j) {
-                sum = std::fma(scores[j], static_cast<W>(values[j * K + k]), sum);
-            }
-            attended_K[k] = static_cast<Operand<T>>(sum * scale);
-        }
-    }
-
-    template <int N>
-    void add_chunks(const T* values, const W* scores, int64_t visible, W scale, Operand<T>* attended_K) const {
-        using Part = Chunk<T>;
-        Vectorized<W> lanes[N][Part::count];
-        for (auto& chunk : lanes) {
-            std::fill(std::begin(chunk), std::end(chunk), Vectorized<W>(0));
-        }
-        for (int64_t j = 0; j < visible; ++j) {
-            const Vectorized<W> score(scores[j]);
-            for (int n = 0; n < N; ++n) {
-                const auto value = Part::load(values + j * K + n * Part::size);
-                for (int c = 0; c < Part::count; ++c) {
-                    lanes[n][c] = at::vec::fmadd(score, value.part[c], lanes[n][c]);
+            for (int r = 0; r < R; ++r) {
+                W sum = 0;
+                for (int64_t j = 0; j < visible[r]; ++j) {
+                    sum = std::fma(scores[r * stride + j], static_cast<W>(values[j * K + k]), sum);
                 }
-            }
-        }
-        for (int n = 0; n < N; ++n) {
-            for (int c = 0; c < Part::count; ++c) {
-                W part[Part::lanes];
-                (lanes[n][c] * Vectorized<W>(scale)).store(part);
-                convert(part, Part::lanes, attended_K + n * Part::size + c * Part::lanes);
+                sums[r * K + k] = sum;
             }
         }
     }
@@ -468,15 +494,13 @@ class Run {
             });
     }
 
-    int64_t scores_size() const {
-        const int64_t last = *std::max_element(pass.positions, pass.positions + M);
-        return last + 1 + Vectorized<W>::size();
-    }
+    // Room for one row's scores.
+    int64_t scores_stride() const { return most_visible + Vectorized<W>::size(); }
 
     static const T* typed(const void* data) { return static_cast<const T*>(data); }
 
     const Pass& pass;
-    const int64_t M, D, I, K, heads, attended_size;
+    const int64_t M, D, I, K, heads, attended_size, most_visible;
     const std::unique_ptr<W[]> states, projected;
     const std::unique_ptr<Operand<T>[]> attended, inner;
 };
