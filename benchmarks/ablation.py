@@ -41,8 +41,8 @@ from benchmarks.small_models import (
     markdown,
 )
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.decoding.cell import Cell
 from self_speculation.ending import one_sentence_errors
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring import tables
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import interleaved
 from self_speculation.measuring.figures import Comparison
 from self_speculation.measuring.line_up import make_contestant

@@ -39,11 +39,11 @@ from benchmarks.small_models import (
     markdown,
 )
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.decoding.cell import Cell
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments
 from self_speculation.loading import load as load_model
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import interleaved
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.rivals import RIVALS

@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
 from self_speculation.decoding.compilation import BACKEND, CompiledSteps
-from self_speculation.decoding.early_exit import num_caches, token_device
+from self_speculation.decoding.early_exit import TorchKernels, num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.kernels import Kernels, TorchKernels
+from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import warpers

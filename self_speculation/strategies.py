@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
 from self_speculation.loading import Recommendation
-from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.self_speculation_generator import AdaptiveStrategy, SelfSpeculativeStrategy
 
 Strategies = Mapping[str, type[GenerationStrategy]]
 
@@ -16,6 +16,7 @@ STRATEGIES: Strategies = {
     "autoregressive": AutoregressiveStrategy,
     "early_exit": EarlyExitStrategy,
     "self_speculative": SelfSpeculativeStrategy,
+    "adaptive": AdaptiveStrategy,
 }
 NO_OTHERS: Strategies = {}
 

@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, Recommendation, Use, advice_for, load, read_recommendation
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.settings import by_flag

@@ -20,11 +20,11 @@ import transformers
 from rich.console import Console
 
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import MOST_REPEATS
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings

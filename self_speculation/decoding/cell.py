@@ -1,4 +1,4 @@
-"""A cell of the grid that a sweep walks: an exit layer and a draft length."""
+"""A cell of a sweep's grid and of a policy's menu: an exit layer and a draft length."""
 
 from typing import NamedTuple
 

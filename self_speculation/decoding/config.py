@@ -29,8 +29,8 @@ class GenerationConfig(Settings):
     )
     generation_strategy: str = setting(
         "autoregressive",
-        help="autoregressive, early_exit or self_speculative; or transformers' own hf_generate, hf_static (its cache, "
-        "compiled) or hf_early_exit.",
+        help="autoregressive, early_exit, self_speculative or adaptive (E and d anew at each step); or transformers' "
+        "own hf_generate, hf_static (its cache, compiled) or hf_early_exit.",
     )
     sample: bool = setting(True, help="Sample; False takes the most probable token.")
     sampling: Literal["leviathan", "coupled"] = setting(
@@ -61,6 +61,9 @@ class GenerationConfig(Settings):
         None,
         help="Draft with the N most frequent tokens only; verification knows all, so the output is the same.",
         at_least=1,
+    )
+    policy_memory: Literal["prompt", "run"] = setting(
+        "prompt", help="How long adaptive decoding remembers what was accepted.", is_rare=True
     )
     seed: int = setting(42, help="Seed of every random draw.", at_least=0, at_most=MOST_SEED)
 

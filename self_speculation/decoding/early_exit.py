@@ -1,15 +1,15 @@
 """A Llama model cut at a layer (section 4.2 of the paper).
 
-`forward_early` runs layers [0, E), `forward_remainder` layers [E, L), `exit_logits` the final norm and LM head that
-all exits share; `forward_adapter` runs an exit adapter, where a model has one. This is the only file that knows how
-transformers calls a decoder layer.
+`run_layers` runs any of its layers, `exit_logits` the final norm and LM head that all exits share; `forward_adapter`
+runs an exit adapter, where a model has one. This is the only file that knows how transformers calls a decoder layer.
 
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.fused_layers import KeyValueAccess, SharedInputs, fused_layer, is_summed, linear
 from self_speculation.exit_adapter import ExitAdapter
+
+if TYPE_CHECKING:
+    from self_speculation.decoding.draft_head import DraftHead
 
 ROPE_PER_CALL = ("dynamic", "longrope")
 
@@ -135,6 +138,28 @@ def run_adapter_layer(
 ) -> Tensor:
     """What leaves an exit adapter's layer (B, T, D), before its norm."""
     return _run(model, exit_states_BTD, [adapter.layer], positions_BT, cache)
+
+
+@dataclass(frozen=True)
+class TorchKernels:
+    """The layers as torch runs them, written or compiled, on every device."""
+
+    model: LlamaForCausalLM
+
+    def run_layers(self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore) -> Tensor:
+        """What leaves the layers (B, T, D)."""
+        return run_layers(self.model, hidden_BTD, layers, positions_BT, cache)
+
+    def run_adapter(
+        self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: KeyValueStore
+    ) -> Tensor:
+        """What leaves an exit adapter's layer (B, T, D)."""
+        return run_adapter_layer(self.model, adapter, exit_states_BTD, positions_BT, cache)
+
+    def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: "DraftHead | None" = None) -> Tensor:
+        """Logits (B, T, V)."""
+        normed_BTD = norm(hidden_BTD)
+        return head_logits(self.model, normed_BTD) if draft_head is None else draft_head.logits(normed_BTD)
 
 
 def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:

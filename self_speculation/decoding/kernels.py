@@ -6,16 +6,15 @@ layers [E, L).
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.early_exit import embed, head_logits, run_adapter_layer, run_layers
-from self_speculation.exit_adapter import ExitAdapter
+if TYPE_CHECKING:
+    from self_speculation.decoding.cache import PositionAddressedCache
+    from self_speculation.decoding.draft_head import DraftHead
+    from self_speculation.exit_adapter import ExitAdapter
 
 
 class Kernels(Protocol):
@@ -26,52 +25,28 @@ class Kernels(Protocol):
         """The model."""
 
     def run_layers(
-        self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
+        self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: "PositionAddressedCache"
     ) -> Tensor:
         """What leaves the layers (B, T, D), which read and write the cache at the positions."""
 
     def run_adapter(
-        self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: PositionAddressedCache
+        self, adapter: "ExitAdapter", exit_states_BTD: Tensor, positions_BT: Tensor, cache: "PositionAddressedCache"
     ) -> Tensor:
         """What leaves an exit adapter's layer (B, T, D)."""
 
-    def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: DraftHead | None = None) -> Tensor:
+    def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: "DraftHead | None" = None) -> Tensor:
         """Logits (B, T, V) of hidden states: a norm, then the LM head, or the one that drafts."""
 
 
 def forward_early(
-    kernels: Kernels, tokens_BT: Tensor, exit_layer: int, positions_BT: Tensor, cache: PositionAddressedCache
+    kernels: Kernels, tokens_BT: Tensor, exit_layer: int, positions_BT: Tensor, cache: "PositionAddressedCache"
 ) -> Tensor:
     """The exit states (B, T, D): what leaves layers [0, E)."""
-    return kernels.run_layers(embed(kernels.model, tokens_BT), range(exit_layer), positions_BT, cache)
+    return kernels.run_layers(kernels.model.model.embed_tokens(tokens_BT), range(exit_layer), positions_BT, cache)
 
 
 def forward_remainder(
-    kernels: Kernels, exit_states_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
+    kernels: Kernels, exit_states_BTD: Tensor, layers: range, positions_BT: Tensor, cache: "PositionAddressedCache"
 ) -> Tensor:
     """Hidden states (B, T, D) after the last layer, going on from the exit states through layers [E, L)."""
     return kernels.run_layers(exit_states_BTD, layers, positions_BT, cache)
-
-
-@dataclass(frozen=True)
-class TorchKernels:
-    """The layers as torch runs them, written or compiled, on every device."""
-
-    model: LlamaForCausalLM
-
-    def run_layers(
-        self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
-    ) -> Tensor:
-        """What leaves the layers (B, T, D)."""
-        return run_layers(self.model, hidden_BTD, layers, positions_BT, cache)
-
-    def run_adapter(
-        self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: PositionAddressedCache
-    ) -> Tensor:
-        """What leaves an exit adapter's layer (B, T, D)."""
-        return run_adapter_layer(self.model, adapter, exit_states_BTD, positions_BT, cache)
-
-    def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: DraftHead | None = None) -> Tensor:
-        """Logits (B, T, V)."""
-        normed_BTD = norm(hidden_BTD)
-        return head_logits(self.model, normed_BTD) if draft_head is None else draft_head.logits(normed_BTD)

@@ -12,8 +12,8 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures

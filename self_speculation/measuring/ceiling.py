@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.exit_adapter import ExitAdapter
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Batch, Round, ratio
 from self_speculation.measuring.pass_costs import PassCosts

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import PROBES, Probes
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from self_speculation.measuring.cell import Cell
+from self_speculation.decoding.cell import Cell
 
 
 @dataclass(frozen=True)

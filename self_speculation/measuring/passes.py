@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.compilation import Function, compiled
-from self_speculation.decoding.kernels import TorchKernels
+from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.decoding.session import Session
 from self_speculation.decoding.step import DraftGiven, EagerPasses, speculative_step
 from self_speculation.exit_adapter import exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, synchronize
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 

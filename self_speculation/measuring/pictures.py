@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from self_speculation.measuring.cell import Cell
+from self_speculation.decoding.cell import Cell
 from self_speculation.writing import naming
 
 CELL_INCHES = (0.85, 0.42)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cache import Uncached
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.early_exit import forward_adapter, forward_exits, head_logits
 from self_speculation.decoding.fused_layers import fuse
@@ -29,7 +30,6 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.stepwise_strategy import verification_rule
 

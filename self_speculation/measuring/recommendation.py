@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import COUNTS_FILE, read_counts
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.prediction import Prediction, Profile, acceptance_chances, predict, profile
 from self_speculation.strategies import make_strategy

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Totals
 from self_speculation.measuring.line_up import make_contestant

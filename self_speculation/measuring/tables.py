@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from self_speculation.measuring.cell import Cell
+from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.figures import Comparison, SpeedUp, StrategyFigures
 
 # A figure as text; None or nothing where there is none.

@@ -20,9 +20,9 @@ from matplotlib.image import imread
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.commands import generate, sweep
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.run_log import RunLog

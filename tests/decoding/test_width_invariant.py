@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokeni
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding import width_invariant
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.early_exit import num_caches
+from self_speculation.decoding.early_exit import TorchKernels, num_caches
 from self_speculation.decoding.fused_layers import fuse
-from self_speculation.decoding.kernels import Kernels, TorchKernels, forward_early
+from self_speculation.decoding.kernels import Kernels, forward_early
 from self_speculation.decoding.width_invariant import WidthInvariantKernels
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import CacheAccess
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationRequest,
@@ -22,7 +23,6 @@ from self_speculation.generator_base import (
     HuggingfaceLlamaGenerator,
 )
 from self_speculation.measuring.acceptance import step_counts
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.measuring.passes import TIMING, Timing, measure_passes
 from self_speculation.measuring.prediction import Profile, acceptance_chances, predict, profile

@@ -6,9 +6,9 @@ import pytest
 from answers import LONG, NOTHING, PLAIN, measured, slowed
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.ceiling import Ceiling, Memory, WeightBytes, bandwidth_share, ideal_speedup
-from self_speculation.measuring.cell import Cell
 from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Batch, Measurement, Round
 from self_speculation.measuring.pass_costs import PassCosts

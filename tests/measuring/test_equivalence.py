@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
-from self_speculation.decoding.kernels import TorchKernels
+from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome, StepPlan, speculative_step
 from self_speculation.decoding.stopping import StopRule

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import correctness
+from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.equivalence import CellReport, NoiseFloor, read_again
 from self_speculation.measuring.judge import Difference, Judge, Judgement, Scores
@@ -285,16 +286,16 @@ def test_the_noise_floor_reads_the_answers_again(
 ) -> None:
     """In float64 nothing changes at any width, whatever else is in the batch; an altered token is seen."""
     model, prompts = make_model(), make_prompts(5)
-    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+    generator, kernels = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model)), TorchKernels(model)
     for config in (GREEDY, GREEDY.generation(no_repeat_ngram_size=2)):
         request = generator.request(prompts, config)
         answers = answers_of(generator, prompts, config)
         answers[1] = answers[1][:5]
         for width in (1, 2, 5, 20):
-            assert read_again(model, request, answers, width) == answers
+            assert read_again(kernels, request, answers, width) == answers
     altered = [list(answer) for answer in answers]
     altered[0][2] = answers[0][2] + 1
-    again = read_again(model, request, altered, 4)
+    again = read_again(kernels, request, altered, 4)
     assert again[0][:3] == answers[0][:3]
     assert again[1:] == answers[1:]
     floor = NoiseFloor(3)

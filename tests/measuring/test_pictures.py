@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
-from self_speculation.measuring.cell import Cell
+from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
 
 
