@@ -6,6 +6,7 @@ d = 0 is autoregressive decoding.
 Shapes: B batch, N numbers of an outcome.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +24,8 @@ from self_speculation.decoding.step import EagerPasses, StepOutcome, speculative
 
 # The draft lengths to choose from.
 DRAFTS = (0, 1, 2, 3, 4, 6, 8)
-# Steps that are timed for a cost, after one that is not.
-TIMED = 3
+# How often a step is timed for its cost, after once that does not count.
+TIMED = 5
 
 
 class AdaptiveStep:
@@ -50,41 +51,51 @@ class AdaptiveStep:
 
 @torch.inference_mode()
 def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> dict[Cell, float]:
-    """What a step costs in every cell of the menu, in seconds; between the first and the last exit on a line.
+    """What a step costs in every cell of the menu, in seconds.
 
-    The rows are prompts of two zeros, which do not advance.
+    Steps are timed at the first and the last exit, over prompts of two zeros that do not advance. Between exits, and
+    from one draft on, costs lie on a line, by which the noise of single timings is evened out.
     """
     first, last = min(exits), max(exits)
-    passes = exits[first]
+    rows = _waiting_rows(exits[first], num_rows, sample)
+    timed = [Cell(exit_layer, drafts) for exit_layer in {first, last} for drafts in DRAFTS]
+    seconds = dict.fromkeys(timed, math.inf)
+    for turn in range(1 + TIMED):
+        for cell in timed:
+            one = _seconds(partial(speculative_step, exits[cell.exit_layer], rows, cell.num_speculations))
+            # Whatever else runs makes a step slower only; the first of each is slow by itself.
+            seconds[cell] = min(seconds[cell], one) if turn else math.inf
+    fitted = {
+        exit_layer: np.polynomial.Polynomial.fit(
+            DRAFTS[1:], [seconds[Cell(exit_layer, drafts)] for drafts in DRAFTS[1:]], 1
+        )
+        for exit_layer in {first, last}
+    }
+    return {
+        Cell(exit_layer, drafts): seconds[Cell(first, 0)]
+        if drafts == 0
+        else float(np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)]))
+        for exit_layer in exits
+        for drafts in DRAFTS
+    }
+
+
+def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:
     model, room = passes.model, max(DRAFTS) + 1
     rows = Rows.empty(PositionAddressedCache(num_caches(model), 3 + room, token_device(model)), num_rows, sample)
     rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, seed=0)
     prefill(passes, rows)
     rows.active_B.zero_()
     rows.cache.see(2 + room)
-    ends = {
-        (exit_layer, drafts): _seconds(partial(speculative_step, exits[exit_layer], rows, drafts))
-        for drafts in DRAFTS
-        for exit_layer in {first, last}
-    }
-    return {
-        Cell(exit_layer, drafts): float(np.interp(exit_layer, [first, last], [ends[first, drafts], ends[last, drafts]]))
-        for exit_layer in exits
-        for drafts in DRAFTS
-    }
+    return rows
 
 
 def _seconds(step: Callable[[], object]) -> float:
-    """The fastest of a few calls: whatever else runs makes them slower only."""
+    _synchronize()
+    start = time.perf_counter()
     step()
-    seconds = []
-    for _ in range(TIMED):
-        _synchronize()
-        start = time.perf_counter()
-        step()
-        _synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    _synchronize()
+    return time.perf_counter() - start
 
 
 def _synchronize() -> None:

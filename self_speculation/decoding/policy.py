@@ -9,6 +9,7 @@ time is lost by it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from self_speculation.decoding.cell import Cell
 
@@ -69,13 +70,14 @@ class Policy:
 
     def choose(self, most_drafts: int) -> Cell:
         """The cell of the next step, which has room for so many drafts."""
-        menu = [cell for cell in self.seconds if cell.num_speculations <= most_drafts]
-        best = max((cell for cell in menu if cell.exit_layer in self.known), key=self.tokens_per_second)
-        if self.current in menu and self.tokens_per_second(best) < HYSTERESIS * self.tokens_per_second(self.current):
-            best = self.current
+        bests = (self._best_at(exit_layer, most_drafts) for exit_layer in self.known)
+        best = max(bests, key=self.tokens_per_second)
+        current = self.current
+        if current is not None and current.num_speculations <= most_drafts:
+            is_better = self.tokens_per_second(best) >= HYSTERESIS * self.tokens_per_second(current)
+            best = best if is_better else current
         self.current = best
-        trial = self._trial(menu, best)
-        return best if trial is None else trial
+        return self._trial(best) if most_drafts else best
 
     def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int]) -> None:
         """What a step gave: each row's drafts, and how many of them were accepted."""
@@ -90,18 +92,33 @@ class Policy:
 
     def tokens_per_second(self, cell: Cell) -> float:
         """What a cell is expected to give each row."""
-        alpha = min(self.known.get(cell.exit_layer, Acceptance()).rate, MOST_CERTAIN)
+        known = self.known.get(cell.exit_layer)
+        alpha = min(PRIOR_OF_OTHERS if known is None else known.rate, MOST_CERTAIN)
         return (1 - alpha ** (cell.num_speculations + 1)) / (1 - alpha) / self.seconds[cell]
 
-    def _trial(self, menu: list[Cell], best: Cell) -> Cell | None:
-        """A draft of one token at another exit, or at the same one where nothing is drafted: if it may be lost."""
+    @cached_property
+    def _menu(self) -> dict[int, list[tuple[Cell, float]]]:
+        """By exit, its cells and their seconds."""
+        menu: dict[int, list[tuple[Cell, float]]] = {}
+        for cell, seconds in self.seconds.items():
+            menu.setdefault(cell.exit_layer, []).append((cell, seconds))
+        return menu
+
+    def _best_at(self, exit_layer: int, most_drafts: int) -> Cell:
+        """An exit's own best cell: the sum that gives τ, but for its denominator, over the seconds."""
+        alpha = min(self.known[exit_layer].rate, MOST_CERTAIN)
+        room = ((cell, seconds) for cell, seconds in self._menu[exit_layer] if cell[1] <= most_drafts)
+        return max(room, key=lambda one: (1 - alpha ** (one[0][1] + 1)) / one[1])[0]
+
+    def _trial(self, best: Cell) -> Cell:
+        """A draft of one token at another exit, or at any where nothing is drafted, if it may be lost."""
         drafting = best.exit_layer if best.num_speculations else None
-        others = [cell for cell in menu if cell.num_speculations == 1 and cell.exit_layer != drafting]
+        others = [exit_layer for exit_layer in self._menu if exit_layer != drafting]
         if not others:
-            return None
-        trial = others[self.turn % len(others)]
+            return best
+        trial = Cell(others[self.turn % len(others)], 1)
         loss = self.seconds[trial] - 1 / self.tokens_per_second(best)
         if self.lost + loss > MOST_LOST * self.elapsed:
-            return None
+            return best
         self.turn += 1
         return trial
