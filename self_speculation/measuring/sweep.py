@@ -97,6 +97,11 @@ class Findings:
         """The cell to use."""
         return next(iter(self.final))
 
+    @property
+    def is_faster(self) -> bool:
+        """Whether it is faster than autoregressive decoding."""
+        return self.final[self.best].speedup.speedup > 1
+
     def document(self) -> dict[str, Any]:
         """Everything, as JSON."""
         return {

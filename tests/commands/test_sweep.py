@@ -4,12 +4,14 @@ import csv
 import itertools
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from self_speculation.commands import generate, sweep
 from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, load
+from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.sweep import GridRow, SearchPlan, Sweep, search
+from self_speculation.measuring.sweep import Findings, GridRow, SearchPlan, Sweep, search
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 6
@@ -182,7 +184,11 @@ def test_grid_measures_every_cell_and_ends_with_a_command_that_runs(
     command = shlex.split(said.splitlines()[-1])
     assert command[:2] == ["python", "generate.py"]
     flags = dict(zip(command[2::2], command[3::2], strict=True))
-    assert [int(flags["--exit_layer"]), int(flags["--num_speculations"])] == best
+    is_faster = found["best"]["speedup"] > 1
+    assert ("Autoregressive decoding is faster here" in said) == (not is_faster)
+    assert flags["--generation_strategy"] == ("self_speculative" if is_faster else "autoregressive")
+    if is_faster:
+        assert [int(flags["--exit_layer"]), int(flags["--num_speculations"])] == best
     more = ["--prompt", PROMPTS[0], "--max_steps", "4", "--output_dir", str(logs)]
     assert run(generate.main, *command[2:], *more) == 0
     [answer] = (logs / "generate.jsonl").read_text().splitlines()
@@ -196,6 +202,60 @@ def test_the_command_names_what_is_not_default() -> None:
         "python generate.py --model 'a folder' --dtype float32 --generation_strategy self_speculative "
         "--exit_layer 3 --num_speculations 5 --max_steps 64 --sample False"
     )
+
+
+def test_where_drafts_lose_the_command_is_autoregressive_decodings() -> None:
+    model_arguments = ModelArguments(model="a folder")
+    command = sweep.command(model_arguments, sweep.SweepConfig(sample=False), None)
+    assert command == "python generate.py --model 'a folder' --generation_strategy autoregressive --sample False"
+
+
+def findings(best: Cell, speedup: float) -> Findings:
+    return Findings({best: SimpleNamespace(speedup=SimpleNamespace(speedup=speedup))})
+
+
+@pytest.mark.parametrize(
+    ("best", "speedup", "sentences"),
+    [
+        (Cell(3, 2), 1.2, []),
+        (
+            Cell(3, 2),
+            0.9,
+            [r"Autoregressive decoding is faster here: the best cell, E=3, d=2, has 0\.90 × its speed\."],
+        ),
+        (
+            Cell(3, 4),
+            1.2,
+            ["The best num_speculations, 4, is the greatest .* --num_speculations_last may be too small"],
+        ),
+        (Cell(5, 2), 1.2, ["The best exit_layer, 5, .* --exit_layer_last may be too small"]),
+    ],
+)
+def test_what_should_be_known_of_the_best_cell(best: Cell, speedup: float, sentences: list[str]) -> None:
+    cells = list(itertools.starmap(Cell, itertools.product((3, 5), (2, 4))))
+    found = list(sweep.advice(findings(best, speedup), cells))
+    assert len(found) == len(sentences)
+    for sentence, pattern in zip(found, sentences, strict=True):
+        assert re.search(pattern, sentence)
+
+
+def test_a_choice_is_kept_beside_the_weights(tmp_path: Path) -> None:
+    cases = [{"dtype": "float32", "exit_layer": 1, "num_speculations": 1}]
+    path = tmp_path / "layerskip.json"
+    path.write_text(json.dumps({"exit_layer": 9, "num_speculations": 9, "draft_vocab": 7, "cases": cases}))
+    assert sweep.save(tmp_path, Cell(3, 2), None) == path
+    assert json.loads(path.read_text()) == {"exit_layer": 3, "num_speculations": 2, "cases": cases}
+    sweep.save(tmp_path, Cell(4, 1), 200)
+    assert read_recommendation(str(tmp_path), num_layers=6).draft_vocab == 200
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"^--save True: \S*layerskip\.json is not a JSON object\.$"):
+        sweep.save(tmp_path, Cell(3, 2), None)
+
+
+def test_a_choice_needs_a_folder(run_sweep: Run, capsys: pytest.CaptureFixture[str], logs: Path) -> None:
+    assert run_sweep("--save", "True", "--model", "someone/model") == 2
+    assert "--save True: --model someone/model is not a folder" in capsys.readouterr().err
+    assert not logs.exists()
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -265,7 +325,9 @@ def test_transformers_own_early_exit_is_swept_too(
     flags = ["--generation_strategy", "hf_early_exit", "--exit_layer_last", 2, "--num_speculations_last", 1]
     assert run_sweep(*flags, "--num_samples", 1) == 0
     assert cells_of(table(logs)) == [(1, 1), (2, 1)]
-    assert "--generation_strategy hf_early_exit" in capsys.readouterr().out.splitlines()[-1]
+    speedup = document(logs)["best"]["speedup"]
+    strategy = "hf_early_exit" if speedup > 1 else "autoregressive"
+    assert f"--generation_strategy {strategy}" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("mode", ["fast", "both"])
