@@ -117,13 +117,17 @@ def report(metrics: dict[str, float], num_layers: int, output_dir: Path) -> str:
 def recommended(
     run: RunArguments, datasets: TrainingSets, exits: tuple[int, ...], vocab_size: int, folder: Path
 ) -> str:
-    """Write what decoding will need beside the weights; returns the exit layer and draft length, if any were chosen."""
+    """Write what decoding will need beside the weights; returns what to say of exit layer and draft length."""
     blocks, held_out = datasets
     with whole_files(folder) as beside:
         save_counts(blocks.token_counts(vocab_size), beside)
     prompts = held_out.prompts(run.recommend_samples)
-    best = recommend(folder, prompts, run.recommend_tokens, exits) if prompts else None
-    return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended" if best else ""
+    found = recommend(folder, prompts, run.recommend_tokens, exits) if prompts else None
+    if found is None:
+        return ""
+    best, speedup = found
+    slower = "" if speedup > 1 else f", though autoregressive decoding is faster ({speedup:.2f} ×)"
+    return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended{slower}"
 
 
 # The flags, in the order in which `main` takes them; those of RARE come last.

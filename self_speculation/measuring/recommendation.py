@@ -46,8 +46,8 @@ def draft_vocabulary(folder: Path, vocab_size: int) -> int | None:
 
 def recommend(
     folder: Path, prompts: list[list[int]], max_new_tokens: int, exit_layers: tuple[int, ...]
-) -> Prediction | None:
-    """The fastest (E, d) for greedy answers to some prompts, as predicted from measured passes.
+) -> tuple[Prediction, float] | None:
+    """The fastest (E, d) for greedy answers to some prompts, as predicted from measured passes, and its speed-up.
 
     The checkpoint in `folder` is loaded as `generate.py` would, and the choice is written beside its weights: with a
     vocabulary for drafts, where the counts there say that few tokens do and the passes that they are faster. None for
@@ -62,17 +62,20 @@ def recommend(
     answers = [(prompt, answer) for prompt, answer in answers if answer.result.tokens]
     if not answers:
         return None
-    chosen: list[tuple[Prediction, dict[str, int]]] = []
+    chosen: list[tuple[Prediction, float, dict[str, int]]] = []
+    without_drafts = Cell(cells[0].exit_layer, 0)
     for draft_vocab in {None, draft_vocabulary(folder, model.config.vocab_size)}:
         own = replace(config, draft_vocab=draft_vocab)
         profiles = [_drafted(generator, own, prompt, answer, exits) for prompt, answer in answers]
-        costs = measure_passes(model, generator.request(prompts[:1], own), cells)
-        best = max(predict(profiles, cells, costs), key=_speed)
-        chosen.append((best, best.cell._asdict() | ({"draft_vocab": draft_vocab} if draft_vocab else {})))
-    best, written = max(chosen, key=lambda one: _speed(one[0]))
+        costs = measure_passes(model, generator.request(prompts[:1], own), [*cells, without_drafts])
+        *drafting, autoregressive = predict(profiles, [*cells, without_drafts], costs)
+        best = max(drafting, key=_speed)
+        speedup = _speed(best) / _speed(autoregressive)
+        chosen.append((best, speedup, best.cell._asdict() | ({"draft_vocab": draft_vocab} if draft_vocab else {})))
+    best, speedup, written = max(chosen, key=lambda one: _speed(one[0]))
     with whole_files(folder) as beside:
         (beside / RECOMMENDATION_FILE).write_text(json.dumps(written, indent=2) + "\n")
-    return best
+    return best, speedup
 
 
 def _speed(prediction: Prediction) -> float:

@@ -117,7 +117,8 @@ def test_candidates_are_few_and_short_of_the_last_layer() -> None:
 def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [tokenizer("def add(")["input_ids"], tokenizer("class")["input_ids"]]
     try:
-        best = recommend(folder, prompts, max_new_tokens=6, exit_layers=(2, 4, 6))
+        best, speedup = recommend(folder, prompts, max_new_tokens=6, exit_layers=(2, 4, 6))
+        assert speedup > 0
         kept = json.loads((folder / "layerskip.json").read_text())
         assert kept == {"exit_layer": best.exit_layer, "num_speculations": best.num_speculations}
         assert best.exit_layer in (2, 4)
@@ -156,7 +157,7 @@ def test_the_recommendation_names_the_draft_vocabulary(
     prompt = tokenizer("def add(")["input_ids"]
     [answer] = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[:, len(prompt) :]
     save_counts(answer.bincount(minlength=20_000), tmp_path)
-    best = recommend(tmp_path, [prompt], max_new_tokens=6, exit_layers=(1, 2))
+    best, _ = recommend(tmp_path, [prompt], max_new_tokens=6, exit_layers=(1, 2))
     kept = json.loads((tmp_path / "layerskip.json").read_text())
     assert kept == {**best.cell._asdict(), "draft_vocab": len(answer.unique())}
     assert best.acceptance_rate == 1
