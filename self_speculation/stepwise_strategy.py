@@ -36,7 +36,6 @@ class StepwiseStrategy(GenerationStrategy):
         super().__init__(model)
         self.compiled_steps = CompiledSteps(model, backend or BACKEND)
         self.takes_own_kernels = backend is None
-        self.width_invariant: WidthInvariantKernels | None = None
         # The rows of a conversation, and by which plan their tokens were cached.
         self.kept: Rows | None = None
         self.plan_of_kept: StepPlan | None = None
@@ -110,9 +109,7 @@ class StepwiseStrategy(GenerationStrategy):
         is_wanted = config.exact or (config.compile != "none" and self.takes_own_kernels)
         if not is_wanted or (not config.exact and why_not(self.model) is not None):
             return TorchKernels(self.model)
-        if self.width_invariant is None or not self.width_invariant.is_of(self.model):
-            self.width_invariant = WidthInvariantKernels(self.model)
-        return self.width_invariant
+        return WidthInvariantKernels.of(self.model)
 
     def _rows(self, request: GenerationRequest, plan: StepPlan) -> Rows:
         """Rows for the request: a conversation's own while they have room, else new ones, of twice its size."""

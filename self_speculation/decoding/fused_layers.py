@@ -9,6 +9,7 @@ Shapes: B batch, T positions of this pass, W visible keys, D hidden size, H quer
 key-value heads, K head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +91,18 @@ class FusedLayer:
             and self.attention_out is attention.o_proj.weight
             and self.mlp_out is mlp.down_proj.weight
         )
+
+    def matrices(self) -> list[Tensor]:
+        """All that a pass multiplies with."""
+        return [self.heads, self.attention_out, self.gate_up, self.mlp_out]
+
+    def move(self, layer: LlamaDecoderLayer, place: Callable[[Tensor], Tensor]) -> None:
+        """Let the layer's matrices lie where `place` copies them; their parameters go with them."""
+        attention, mlp = layer.self_attn, layer.mlp
+        self.heads = _split(place(self.heads), attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = _split(place(self.gate_up), mlp.gate_proj, mlp.up_proj)
+        for linear in (attention.o_proj, mlp.down_proj):
+            linear.weight.data = place(linear.weight.data)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """A copied model has parameters of its own, which are not fused yet."""
@@ -194,7 +207,11 @@ def _is_plain(layer: nn.Module) -> bool:
 @torch.inference_mode(False)
 def _side_by_side(*linears: nn.Linear) -> Tensor:
     """The weights as one matrix, of which each becomes a view; one that can be trained, wherever this is called."""
-    fused = torch.cat([linear.weight.data for linear in linears])
+    return _split(torch.cat([linear.weight.data for linear in linears]), *linears)
+
+
+def _split(fused: Tensor, *linears: nn.Linear) -> Tensor:
+    """Make the weights views of the fused matrix, one below the other; returns the matrix."""
     first = 0
     for linear in linears:
         linear.weight.data = fused[first : first + linear.out_features]

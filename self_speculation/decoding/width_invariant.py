@@ -22,9 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.fused_layers import FusedLayer, fuse, fused_layer
+from self_speculation.decoding.large_pages import Arena
 from self_speculation.exit_adapter import ExitAdapter
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+# The model's attribute that holds its kernels.
+ATTRIBUTE = "width_invariant"
 # Each with the type in which its sums are taken.
 WIDE = {
     torch.float64: torch.float64,
@@ -55,7 +58,7 @@ class _Pass(ctypes.Structure):
 
 
 class WidthInvariantKernels:
-    """Runs the layers and the LM head of one model, whose weights stay where they are.
+    """Runs the layers and the LM head of one model, whose matrices are moved into one piece of memory.
 
     Raises:
         ValueError: the model is not plain enough, or there is no C++ compiler.
@@ -68,18 +71,25 @@ class WidthInvariantKernels:
             raise ValueError(f"--exact True: {reason}.")
         self.model = model
         self.dtype = model.model.norm.weight.dtype
+        move_into_large_pages(model)
         self.pointers = _pointers(model)
-        layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
-        self.fused = sorted(filter(None, map(fused_layer, layers)), key=lambda layer: layer.index)
+        self.fused = sorted(filter(None, map(fused_layer, _layers(model))), key=lambda layer: layer.index)
         self.layers = (_Layer * len(self.fused))(*map(_weights_of, self.fused))
         self.caches: list[Tensor | None] = []
         self.rotary: tuple[Tensor, Tensor] | None = None
         name = str(self.dtype).removeprefix("torch.")
         self.run, self.read = (getattr(_library(), f"{function}_{name}") for function in ("run_layers", "read_head"))
 
-    def is_of(self, model: LlamaForCausalLM) -> bool:
-        """Whether the model's weights still lie where they did."""
-        return self.pointers == _pointers(model)
+    @classmethod
+    def of(cls, model: LlamaForCausalLM) -> "WidthInvariantKernels":
+        """The model's kernels: made once, and anew when its weights were moved since."""
+        known = vars(model).get(ATTRIBUTE)
+        if known is None or known.pointers != _pointers(model):
+            known = vars(model)[ATTRIBUTE] = cls(model)
+        return known
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """A copied model has weights of its own."""
 
     def run_layers(
         self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
@@ -162,6 +172,16 @@ class WidthInvariantKernels:
         return self.rotary
 
 
+def move_into_large_pages(model: LlamaForCausalLM) -> None:
+    """Let a model's matrices lie side by side; its parameters stay what they are, elsewhere."""
+    layers = [(layer, fused) for layer in _layers(model) if (fused := fused_layer(layer)) is not None]
+    head = model.lm_head.weight
+    arena = Arena([head, *(matrix for _, fused in layers for matrix in fused.matrices())])
+    for layer, fused in layers:
+        fused.move(layer, arena.place)
+    head.data = arena.place(head.data)
+
+
 def why_not(model: LlamaForCausalLM) -> str | None:
     """Why a model, whose layers were fused, cannot be run by these kernels, in half a sentence; None if it can."""
     head, norm = model.lm_head, model.model.norm
@@ -170,11 +190,10 @@ def why_not(model: LlamaForCausalLM) -> str | None:
         head.weight,
         *(parameter for layer in model.model.layers for parameter in layer.parameters()),
     ]
-    layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
     if any(weight.device.type != "cpu" for weight in weights):
         return "only a model that is on the CPU as a whole has passes whose width does not matter"
     is_plain = type(norm) is LlamaRMSNorm and type(head) is nn.Linear and head.bias is None
-    if not is_plain or any(fused_layer(layer) is None for layer in layers):
+    if not is_plain or any(fused_layer(layer) is None for layer in _layers(model)):
         return "this model has other modules than a plain Llama's, or hooks"
     dtypes = {weight.dtype for weight in weights}
     if len(dtypes) > 1 or not dtypes <= WIDE.keys():
@@ -187,6 +206,11 @@ def why_not(model: LlamaForCausalLM) -> str | None:
     except Exception as error:
         return f"the passes could not be built by a C++ compiler ({str(error).strip().partition(chr(10))[0]})"
     return None
+
+
+def _layers(model: LlamaForCausalLM) -> list[Any]:
+    """The model's decoder layers, and its exit adapter's."""
+    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
 
 
 def _pointers(model: LlamaForCausalLM) -> list[int]:

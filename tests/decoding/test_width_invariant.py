@@ -202,6 +202,34 @@ def test_changed_weights_are_seen(make_model: MakeModel, answer: Callable[..., l
     assert answer(strategy, prompts) == answer(AutoregressiveStrategy(model), prompts, exact=False) != in_place
 
 
+def test_a_models_strategies_share_its_kernels(make_model: MakeModel, answer: Callable[..., list[list[int]]]) -> None:
+    """Otherwise each would move the weights away from the other; a copy of the model has its own."""
+    model = make_model()
+    first, second = AutoregressiveStrategy(model), SelfSpeculativeStrategy(model)
+    config = GenerationConfig(exact=True)
+    assert first.kernels(config) is second.kernels(config) is first.kernels(config)
+    other = copy.deepcopy(model)
+    assert AutoregressiveStrategy(other).kernels(config) is not first.kernels(config)
+    assert answer(AutoregressiveStrategy(other), prompts_of(9)) == answer(first, prompts_of(9))
+
+
+def test_moved_weights_stay_the_models(make_model: MakeModel, tmp_path: Path) -> None:
+    """It saves, and answers, what it did before; the matrices lie in one piece."""
+    model = make_model(tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = random_tokens(1, 9)
+    logits = model(tokens).logits
+    WidthInvariantKernels(model)
+    assert torch.equal(model(tokens).logits, logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    saved = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.items())
+    pointers = [weight.data_ptr() for name, weight in model.named_parameters() if "proj" in name]
+    assert max(pointers) - min(pointers) < sum(weight.nbytes for weight in model.parameters()) + (1 << 21)
+
+
 def test_compiling_on_a_cpu_takes_these_kernels(make_model: MakeModel) -> None:
     """Where the model is plain."""
     strategy = AutoregressiveStrategy(make_model())
