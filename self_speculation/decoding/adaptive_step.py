@@ -3,24 +3,29 @@
 Between steps every layer has cached exactly `tokens[:-1]` of each row, so each step may take another E and another d;
 d = 0 is autoregressive decoding.
 
-Shapes: B batch, N numbers of an outcome.
+Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N numbers of an outcome.
 """
 
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import Cell
-from self_speculation.decoding.early_exit import num_caches, token_device
-from self_speculation.decoding.policy import Policy
+from self_speculation.decoding.early_exit import embed, num_caches, token_device
+from self_speculation.decoding.kernels import forward_remainder
+from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
+from self_speculation.decoding.policy import FREE, Policy
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.step import EagerPasses, StepOutcome, speculative_step
+from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, StepOutcome, speculative_step
+from self_speculation.decoding.verification import VerificationRule
 
 # The draft lengths to choose from.
 DRAFTS = (0, 1, 2, 3, 4, 6, 8)
@@ -28,8 +33,44 @@ DRAFTS = (0, 1, 2, 3, 4, 6, 8)
 TIMED = 5
 
 
+@dataclass(frozen=True)
+class FreePasses:
+    """Passes whose drafts cost nothing: tokens (of the only row) that are given. All layers read them at once."""
+
+    own: EagerPasses
+    tokens: list[int]
+
+    @property
+    def rule(self) -> VerificationRule:
+        """How tokens are chosen and drafts judged."""
+        return self.own.rule
+
+    def draft(self, rows: Rows, ahead: int) -> DraftedToken:
+        """The given token; what it leaves behind is the embedding of the one before it."""
+        position_B1 = rows.positions(1) + ahead
+        token_B1 = torch.full_like(position_B1, self.tokens[ahead])
+        state_B1D = embed(self.own.model, rows.read(position_B1))
+        rows.write(position_B1 + 1, token_B1)
+        return DraftedToken(state_B1D, self.rule.certain(token_B1, self.own.model.config.vocab_size))
+
+    def verify(self, rows: Rows, positions_BT: Tensor, exit_states: list[Tensor]) -> Tensor:
+        """The full model's logits (B, T, V); the exit adapter's cache, too, must hold these tokens."""
+        plan, kernels = self.own.plan, self.own.kernels
+        last_B1D = embed(self.own.model, rows.read(positions_BT[:, -1:]))
+        hidden_BTD = torch.cat([*exit_states, last_B1D], dim=1)
+        hidden_BTD = kernels.run_layers(hidden_BTD, range(plan.exit_layer), positions_BT, rows.cache)
+        if plan.adapter is not None:
+            kernels.run_adapter(plan.adapter, hidden_BTD, positions_BT, rows.cache)
+        remainder = range(plan.exit_layer, plan.num_layers)
+        hidden_BTD = forward_remainder(kernels, hidden_BTD, remainder, positions_BT, rows.cache)
+        return self.own.processed(rows, kernels.logits(hidden_BTD, self.own.model.model.norm), positions_BT)
+
+
 class AdaptiveStep:
-    """A step that asks its policy for E and d, and tells it what came of them. It has passes for every exit."""
+    """A step that asks its policy for E and d, and tells it what came of them. It has passes for every exit.
+
+    A single row on the CPU may also take drafts that cost nothing.
+    """
 
     is_fixed = False
 
@@ -38,15 +79,31 @@ class AdaptiveStep:
         self.rows = rows
         self.policy = policy
         self.passes = exits[policy.first]
+        self.lookup = Lookup() if takes_free_drafts(rows) else None
 
     def __call__(self, num_speculations: int) -> StepOutcome:
         """Draft, verify, commit: at most d tokens."""
-        cell = self.policy.choose(num_speculations)
+        free = self._free_draft(num_speculations)
+        cell = self.policy.choose(num_speculations, free)
         drafted_B = self.rows.room(cell.num_speculations)
-        outcome = speculative_step(self.exits[cell.exit_layer], self.rows, cell.num_speculations)
+        passes = FreePasses(self.passes, free.tokens) if cell.exit_layer == FREE else self.exits[cell.exit_layer]
+        outcome = speculative_step(passes, self.rows, cell.num_speculations)
         counts_B2 = torch.stack([drafted_B, outcome.packed_BN[:, 0]], dim=1)[self.rows.active_B]
-        self.policy.observe(cell, *counts_B2.T.tolist())
+        drafted, accepted = counts_B2.T.tolist()
+        self.policy.observe(cell, drafted, accepted, free)
         return outcome
+
+    def _free_draft(self, most: int) -> FreeDraft:
+        if self.lookup is None:
+            return NOTHING
+        known, length = len(self.lookup.tokens), int(self.rows.lengths_B[0])
+        self.lookup.extend(self.rows.tokens_BC[0, known:length].tolist())
+        return self.lookup.draft(most)
+
+
+def takes_free_drafts(rows: Rows) -> bool:
+    """Whether the host may look at the tokens between steps for nothing, and they are one row's."""
+    return len(rows.lengths_B) == 1 and rows.lengths_B.device.type == "cpu"
 
 
 @torch.inference_mode()
@@ -58,26 +115,31 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
     """
     first, last = min(exits), max(exits)
     rows = _waiting_rows(exits[first], num_rows, sample)
-    timed = [Cell(exit_layer, drafts) for exit_layer in {first, last} for drafts in DRAFTS]
+    sources: dict[int, Passes] = {exit_layer: exits[exit_layer] for exit_layer in {first, last}}
+    if takes_free_drafts(rows):
+        sources[FREE] = FreePasses(exits[first], [0] * max(DRAFTS))
+    timed = [Cell(source, drafts) for source in sources for drafts in DRAFTS]
     seconds = dict.fromkeys(timed, math.inf)
     for turn in range(1 + TIMED):
         for cell in timed:
-            one = _seconds(partial(speculative_step, exits[cell.exit_layer], rows, cell.num_speculations))
+            one = _seconds(partial(speculative_step, sources[cell.exit_layer], rows, cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
     fitted = {
-        exit_layer: np.polynomial.Polynomial.fit(
-            DRAFTS[1:], [seconds[Cell(exit_layer, drafts)] for drafts in DRAFTS[1:]], 1
+        source: np.polynomial.Polynomial.fit(DRAFTS[1:], [seconds[Cell(source, d)] for d in DRAFTS[1:]], 1)
+        for source in sources
+    }
+    menu = {
+        Cell(exit_layer, drafts): float(
+            np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)])
         )
-        for exit_layer in {first, last}
-    }
-    return {
-        Cell(exit_layer, drafts): seconds[Cell(first, 0)]
-        if drafts == 0
-        else float(np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)]))
         for exit_layer in exits
-        for drafts in DRAFTS
+        for drafts in DRAFTS[1:]
     }
+    menu |= {Cell(exit_layer, 0): seconds[Cell(first, 0)] for exit_layer in exits}
+    if FREE in sources:
+        menu |= {Cell(FREE, drafts): float(fitted[FREE](drafts)) for drafts in range(1, max(DRAFTS) + 1)}
+    return menu
 
 
 def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:

@@ -5,6 +5,9 @@ of drafts that ended a step, the older the less. A step with d drafts is expecte
 tokens (Leviathan et al. 2023, equation 1), and its seconds have been measured. The choice is the cell of the most
 tokens a second; with d = 0 that is autoregressive decoding. What is not chosen is tried now and then, as long as little
 time is lost by it.
+
+Drafts that cost nothing (`decoding/lookup.py`) are one more choice where there are any: cells of exit 0, whose α is
+known by the length of the match.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +15,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.lookup import NOTHING, FreeDraft
 
 # How much an earlier draft counts for each that came after it.
 MEMORY = 0.98
 # The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth.
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
+# The same for drafts that cost nothing, by the least length of their match.
+PRIOR_OF_FREE = {3: 0.4, 5: 0.6, 9: 0.8}
+FREE = 0
 # A cell is left only for one that is better by this factor.
 HYSTERESIS = 1.02
 # Below one, where the sum that gives τ has a value.
@@ -60,6 +67,9 @@ class Policy:
     elapsed: float = 0.0
     lost: float = 0.0
     turn: int = 0
+    free: dict[int, Acceptance] = field(
+        default_factory=lambda: {match: Acceptance(prior) for match, prior in PRIOR_OF_FREE.items()}
+    )
 
     def __post_init__(self) -> None:
         self.known.setdefault(self.first, Acceptance(PRIOR))
@@ -68,9 +78,18 @@ class Policy:
         """This policy with what another one knows, which is learnt on by both."""
         return self if other is None else replace(other, seconds=self.seconds, first=self.first)
 
-    def choose(self, most_drafts: int) -> Cell:
+    def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """The cell of the next step, which has room for so many drafts."""
-        bests = (self._best_at(exit_layer, most_drafts) for exit_layer in self.known)
+        best = self._own_choice(most_drafts)
+        num_free = min(len(free.tokens), most_drafts)
+        if FREE not in self._menu or not num_free:
+            return best
+        known = self._known_of(free)
+        gratis = self._best_at(FREE, num_free, known.rate)
+        return gratis if self._rate(gratis, known.rate) > self.tokens_per_second(best) else best
+
+    def _own_choice(self, most_drafts: int) -> Cell:
+        bests = (self._best_at(exit_layer, most_drafts, known.rate) for exit_layer, known in self.known.items())
         best = max(bests, key=self.tokens_per_second)
         current = self.current
         if current is not None and current.num_speculations <= most_drafts:
@@ -79,9 +98,12 @@ class Policy:
         self.current = best
         return self._trial(best) if most_drafts else best
 
-    def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+    def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
         """What a step gave: each row's drafts, and how many of them were accepted."""
         self.elapsed += self.seconds[cell]
+        if cell.exit_layer == FREE:
+            self._known_of(free).add(drafted[0], accepted[0])
+            return
         if self.current is not None and cell != self.current:
             tokens = sum(accepted) / max(len(accepted), 1) + 1
             self.lost += max(self.seconds[cell] - tokens / self.tokens_per_second(self.current), 0.0)
@@ -93,8 +115,14 @@ class Policy:
     def tokens_per_second(self, cell: Cell) -> float:
         """What a cell is expected to give each row."""
         known = self.known.get(cell.exit_layer)
-        alpha = min(PRIOR_OF_OTHERS if known is None else known.rate, MOST_CERTAIN)
+        return self._rate(cell, PRIOR_OF_OTHERS if known is None else known.rate)
+
+    def _rate(self, cell: Cell, alpha: float) -> float:
+        alpha = min(alpha, MOST_CERTAIN)
         return (1 - alpha ** (cell.num_speculations + 1)) / (1 - alpha) / self.seconds[cell]
+
+    def _known_of(self, free: FreeDraft) -> Acceptance:
+        return self.free[max(match for match in self.free if match <= free.match)]
 
     @cached_property
     def _menu(self) -> dict[int, list[tuple[Cell, float]]]:
@@ -104,16 +132,16 @@ class Policy:
             menu.setdefault(cell.exit_layer, []).append((cell, seconds))
         return menu
 
-    def _best_at(self, exit_layer: int, most_drafts: int) -> Cell:
+    def _best_at(self, exit_layer: int, most_drafts: int, alpha: float) -> Cell:
         """An exit's own best cell: the sum that gives τ, but for its denominator, over the seconds."""
-        alpha = min(self.known[exit_layer].rate, MOST_CERTAIN)
+        alpha = min(alpha, MOST_CERTAIN)
         room = ((cell, seconds) for cell, seconds in self._menu[exit_layer] if cell[1] <= most_drafts)
         return max(room, key=lambda one: (1 - alpha ** (one[0][1] + 1)) / one[1])[0]
 
     def _trial(self, best: Cell) -> Cell:
         """A draft of one token at another exit, or at any where nothing is drafted, if it may be lost."""
         drafting = best.exit_layer if best.num_speculations else None
-        others = [exit_layer for exit_layer in self._menu if exit_layer != drafting]
+        others = [exit_layer for exit_layer in self._menu if exit_layer not in (drafting, FREE)]
         if not others:
             return best
         trial = Cell(others[self.turn % len(others)], 1)

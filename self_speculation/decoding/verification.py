@@ -58,6 +58,9 @@ class VerificationRule(Protocol):
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A drafted token (B, 1) and the distribution q (B, 1, V) that it was drawn from."""
 
+    def certain(self, token_B1: Tensor, vocab_size: int) -> Tensor | None:
+        """The q (B, 1, V) of a token that was not drawn, but is certain."""
+
     def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept a prefix of the draft and choose the token after it."""
 
@@ -68,6 +71,9 @@ class GreedyRule:
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, None]:
         """The draft's argmax."""
         return most_probable(logits_B1V), None
+
+    def certain(self, token_B1: Tensor, vocab_size: int) -> None:
+        """Nothing is drawn."""
 
     def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while the draft is the target's argmax; the argmax after that is the recovered or bonus token."""
@@ -87,6 +93,10 @@ class SamplingRule:
         """A draw from q, with the draft's own noise."""
         q_B1V = probabilities(logits_B1V, self.filters)
         return draw(q_B1V, _sampled(noise_B1S)[..., DRAFT_STREAM]), q_B1V
+
+    def certain(self, token_B1: Tensor, vocab_size: int) -> Tensor:
+        """One-hot."""
+        return F.one_hot(token_B1, vocab_size).float()
 
     def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Accept while u < p/q, then draw from norm(max(0, p − q)); q is zero past each row's draft."""
@@ -118,6 +128,9 @@ class CoupledRule:
     def propose(self, logits_B1V: Tensor, noise_B1S: Tensor | None) -> tuple[Tensor, None]:
         """The draft's draw."""
         return most_probable(self._perturbed(logits_B1V, noise_B1S)), None
+
+    def certain(self, token_B1: Tensor, vocab_size: int) -> None:
+        """It is held against the target's own draw."""
 
     def judge(self, draft: Draft, logits_BTV: Tensor, noise_BTS: Tensor | None) -> Verdict:
         """Greedy decoding of the perturbed logits."""

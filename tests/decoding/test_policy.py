@@ -10,10 +10,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cell import Cell
-from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
+from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
+from self_speculation.decoding.policy import FREE, MOST_LOST, Acceptance, Policy
+from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
+from self_speculation.decoding.verification import Draft
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
 from self_speculation.self_speculation_generator import AdaptiveStrategy
+from self_speculation.stepwise_strategy import verification_rule
 
 MakeModel = Callable[..., LlamaForCausalLM]
 LENGTHS = (1, 17, 64, 5)
@@ -103,14 +107,74 @@ def test_the_estimate_is_a_number_from_the_beginning() -> None:
     assert known.rate == pytest.approx((4 * 0.98 + 1.2) / (4 * 0.98 + 1 + 2))
 
 
+# Drafts that cost nothing
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "draft", "match"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3], 8, [4, 1, 2, 3], 3),
+        ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1], 3),
+        ([1, 2, 3, 4, 1, 2], 8, [], 0),
+        # The longest match, though another one is later.
+        ([7, 1, 2, 3, 4, 9, 1, 2, 3, 5, 7, 1, 2, 3], 1, [4], 4),
+        # Of equals, the latest.
+        ([8, 1, 2, 3, 4, 9, 1, 2, 3, 5, 7, 1, 2, 3], 1, [5], 3),
+        ([6, 6, 6, 6, 6], 3, [6], 4),
+        ([], 8, [], 0),
+    ],
+)
+def test_what_followed_the_longest_match(tokens: list[int], most: int, draft: list[int], match: int) -> None:
+    whole, bit_by_bit = Lookup(), Lookup()
+    whole.extend(tokens)
+    for token in tokens:
+        bit_by_bit.extend([token])
+    assert whole.draft(most) == bit_by_bit.draft(most) == FreeDraft(draft, match)
+
+
+def test_free_drafts_are_taken_while_they_are_right() -> None:
+    seconds = costs(2) | {Cell(FREE, d): 10.0 + 0.1 * d for d in range(1, 9)}
+    policy = Policy(seconds, first=2)
+    free = FreeDraft([1, 2, 3, 4, 5, 6], 12)
+    assert policy.choose(8, free) == Cell(FREE, 6)
+    assert policy.choose(4, free) == Cell(FREE, 4)
+    assert policy.choose(8).exit_layer == 2
+    for _ in range(20):
+        policy.observe(Cell(FREE, 6), [6], [0], free)
+    assert policy.choose(8, free).exit_layer == 2
+    # Shorter matches are another matter.
+    assert policy.choose(8, FreeDraft([1, 2, 3, 4], 5)) == Cell(FREE, 4)
+    assert policy.lost == 0
+
+
+@pytest.mark.parametrize("sampling", ["leviathan", "coupled"])
+def test_a_certain_draft_is_judged_by_the_rule(sampling: str) -> None:
+    """Leviathan's: accepted with the probability that the target gives it, by q one-hot. Coupled: if it is the draw."""
+    rule = verification_rule(GenerationConfig(sample=True, sampling=sampling, temperature=1.0, top_p=1.0))
+    probabilities_V = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    rows = 4000
+    logits_BTV = probabilities_V.log().expand(rows, 2, 4)
+    token_B1 = torch.full((rows, 1), 2)
+    noise_BTS = torch.rand(rows, 2, NUM_STREAMS, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    noise_BTS[..., COUPLED_STREAM] = noise(5, [[n] for n in range(rows)], 2)[..., COUPLED_STREAM]
+    draft = Draft(token_B1, [rule.certain(token_B1, 4)], torch.ones(rows, dtype=torch.long))
+    verdict = rule.judge(draft, logits_BTV, noise_BTS)
+    assert verdict.accepted_B.double().mean() == pytest.approx(0.3, abs=0.03)
+    first_B = verdict.tokens_BT[:, 0]
+    drawn_V = first_B.bincount(minlength=4) / rows
+    assert drawn_V.tolist() == pytest.approx(probabilities_V.tolist(), abs=0.03)
+
+
 # Decoding
 
 
 class RandomPolicy(Policy):
     """Anything in the menu."""
 
-    def choose(self, most_drafts: int) -> Cell:
-        return random.choice([cell for cell in self.seconds if cell.num_speculations <= most_drafts])
+    def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
+        own = [cell for cell in self.seconds if cell.exit_layer != FREE and cell.num_speculations <= most_drafts]
+        gratis = [Cell(FREE, d) for d in range(1, min(len(free.tokens), most_drafts) + 1)]
+        return random.choice(gratis or own)
 
 
 @pytest.fixture
@@ -144,7 +208,7 @@ def test_answers_are_autoregressive_decodings(
     model = make_model()
     strategy, fields = AdaptiveStrategy(model), sampling | {"exact": exact}
     baseline = AutoregressiveStrategy(model)
-    for prompts in (prompts_of(*LENGTHS), prompts_of(250), prompts_of(3)):
+    for prompts in (prompts_of(*LENGTHS), prompts_of(250), prompts_of(3), [prompts_of(9)[0] * 4]):
         expected = answer(baseline, prompts, **fields, exit_layer=None)
         for stops in ({}, {"stop_token_ids": [expected[0][min(9, len(expected[0]) - 1)]]}):
             expected = answer(baseline, prompts, **fields, **stops, exit_layer=None)
@@ -163,16 +227,26 @@ def test_an_exit_adapter_keeps_up(
     cells = []
 
     class Alternating(Policy):
-        def choose(self, most_drafts: int) -> Cell:
-            return Cell(2, min(len(cells) % 3, most_drafts))
+        def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
+            num_free = min(len(free.tokens), most_drafts)
+            return Cell(FREE, num_free) if num_free else Cell(2, min(len(cells) % 3, most_drafts))
 
-        def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        def observe(
+            self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING
+        ) -> None:
             cells.append(cell)
-            assert list(drafted) == list(accepted)
+            assert cell.exit_layer == FREE or list(drafted) == list(accepted)
 
     monkeypatch.setattr(self_speculation_generator, "Policy", Alternating)
     assert answer(AdaptiveStrategy(model), prompts_of(5, 30), exit_layer=1) == expected
     assert {cell.num_speculations for cell in cells} == {0, 1, 2}
+    # With drafts that cost nothing in between, of which the adapter's cache must know, too.
+    [prompt] = prompts_of(8)
+    repeated = prompt * 3
+    assert answer(AdaptiveStrategy(model), [repeated]) == answer(
+        AutoregressiveStrategy(model), [repeated], exit_layer=None
+    )
+    assert FREE in {cell.exit_layer for cell in cells}
 
 
 def test_what_was_learnt_is_forgotten_unless_asked(
@@ -194,7 +268,7 @@ def test_steps_are_timed_once(make_model: MakeModel, answer: Callable[..., list[
         answer(strategy, prompts)
     assert len(strategy.seconds) == 2
     assert all(seconds > 0 for menu in strategy.seconds.values() for seconds in menu.values())
-    assert {cell.exit_layer for cell in next(iter(strategy.seconds.values()))} == {1, 2, 3}
+    assert [{cell.exit_layer for cell in menu} for menu in strategy.seconds.values()] == [{FREE, 1, 2, 3}, {1, 2, 3}]
 
 
 def test_compiled_steps_are_refused(make_model: MakeModel, answer: Callable[..., list[list[int]]]) -> None:

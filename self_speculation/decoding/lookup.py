@@ -1,0 +1,53 @@
+"""Drafts that cost nothing: what followed the last tokens when they occurred before (prompt lookup).
+
+The longest suffix of a row's tokens that occurred earlier, in the prompt or in the answer, tells what may come next.
+"""
+
+from dataclasses import dataclass, field
+
+# The shortest suffix that says anything.
+LEAST_MATCH = 3
+# How many of the latest places with that suffix are looked at for a longer one, and how long a match is looked for.
+PLACES, MOST_MATCH = 8, 32
+
+
+@dataclass(frozen=True)
+class FreeDraft:
+    """Tokens that followed a match, and how many tokens matched."""
+
+    tokens: list[int] = field(default_factory=list)
+    match: int = 0
+
+
+NOTHING = FreeDraft()
+
+
+class Lookup:
+    """A row's tokens, and where each few of them occurred."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ends: dict[tuple[int, ...], list[int]] = {}
+
+    def extend(self, tokens: list[int]) -> None:
+        """The row has these tokens more."""
+        for token in tokens:
+            # The place of a suffix is known once something follows it.
+            if len(self.tokens) >= LEAST_MATCH:
+                self.ends.setdefault(tuple(self.tokens[-LEAST_MATCH:]), []).append(len(self.tokens))
+            self.tokens.append(token)
+
+    def draft(self, most: int) -> FreeDraft:
+        """At most so many tokens, after the longest match; of equals, the latest."""
+        places = self.ends.get(tuple(self.tokens[-LEAST_MATCH:]), [])[-PLACES:]
+        if not places:
+            return NOTHING
+        match, end = max((self._match(end), end) for end in places)
+        return FreeDraft(self.tokens[end : end + most], match)
+
+    def _match(self, end: int) -> int:
+        """How many tokens before a place are the row's last ones."""
+        length, last = LEAST_MATCH, len(self.tokens)
+        while length < min(end, MOST_MATCH) and self.tokens[end - length - 1] == self.tokens[last - length - 1]:
+            length += 1
+        return length
