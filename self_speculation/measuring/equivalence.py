@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.early_exit import token_device
+from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.kernels import Kernels, forward_early
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
@@ -199,7 +199,7 @@ def read_again(kernels: Kernels, request: GenerationRequest, answers: list[list[
     num_layers = model.config.num_hidden_layers
     lengths = torch.tensor([len(prompt) for prompt in request.prompts])
     most_new = max(map(len, answers))
-    cache = PositionAddressedCache(num_layers, int(lengths.max()) + most_new + width, token_device(model))
+    cache = PositionAddressedCache(num_caches(model), int(lengths.max()) + most_new + width, token_device(model))
     rows = Rows.empty(cache, len(answers), sample=False)
     whole = [prompt + answer for prompt, answer in zip(request.prompts, answers, strict=True)]
     rows.begin(whole, limits=[len(tokens) for tokens in whole], seed=request.config.seed)

@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import correctness
 from self_speculation.decoding.early_exit import TorchKernels
+from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
-from self_speculation.measuring.equivalence import CellReport, NoiseFloor, read_again
+from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck, NoiseFloor, read_again
 from self_speculation.measuring.judge import Difference, Judge, Judgement, Scores
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
@@ -304,6 +305,21 @@ def test_the_noise_floor_reads_the_answers_again(
     floor.add([1, 2, 3, 4], [1, 5, 3, 6])
     assert (floor.answers, floor.changed_answers, floor.changed_tokens) == (5, 1, 2)
     assert "read 4 tokens at a time" in floor.sentence()
+
+
+def test_in_exact_mode_there_is_no_noise(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """In bfloat16 too, and where an exit adapter has a cache of its own."""
+    model = make_model().bfloat16()
+    model.add_module(ATTRIBUTE, ExitAdapter.of(model, 2).eval())
+    config = GREEDY.generation(exact=True, exit_layer=2)
+    check = EquivalenceCheck(model, tokenizer, config, [CellReport(2, 3, most_ties=0.0)])
+    for _ in check.run(["def add(", "class", "for i in range"]):
+        pass
+    [cell], [floor] = check.cells, check.noise_floors
+    assert (cell.num_samples, cell.num_ties, cell.num_failures) == (3, 0, 0)
+    assert (floor.answers, floor.changed_tokens) == (3, 0)
 
 
 @pytest.mark.slow
