@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from perturbing import perturbed
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase, TopKLogitsWarper
 
@@ -39,16 +40,7 @@ def shape(request: pytest.FixtureRequest) -> dict[str, int]:
 
 @pytest.fixture(params=DTYPES, ids=str)
 def small(request: pytest.FixtureRequest, shape: dict[str, int], make_model: MakeModel) -> LlamaForCausalLM:
-    return with_norms(make_model(num_hidden_layers=3, **shape)).to(request.param)
-
-
-def with_norms(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with norms that are not all ones."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model
+    return perturbed(make_model(num_hidden_layers=3, **shape)).to(request.param)
 
 
 def random_tokens(batch: int, length: int) -> Tensor:
@@ -136,7 +128,7 @@ def test_exact_answers_are_autoregressive_decodings(
     sampling: dict[str, object], dtype: torch.dtype, make_model: MakeModel, answer: Callable[..., list[list[int]]]
 ) -> None:
     """Every exit, ragged batches, prompts in chunks, a trimmed head: token for token what a prompt gets alone."""
-    model = with_norms(make_model()).to(dtype)
+    model = perturbed(make_model()).to(dtype)
     prompts = prompts_of(1, 30, 7, 65)
     alone = AutoregressiveStrategy(model)
     expected = [answer(alone, [prompt], **sampling)[0] for prompt in prompts]
@@ -285,6 +277,6 @@ def test_processors_without_wide_vectors(
     monkeypatch.setattr(width_invariant, "SOURCE", path)
     monkeypatch.setattr(width_invariant, "_library", width_invariant._library.__wrapped__)
     for dtype in DTYPES:
-        model = with_norms(make_model(num_hidden_layers=2, **ODD)).to(dtype)
+        model = perturbed(make_model(num_hidden_layers=2, **ODD)).to(dtype)
         test_bits_do_not_depend_on_the_width(model)
         test_the_numbers_are_torchs(model)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from perturbing import perturbed
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
@@ -48,15 +49,6 @@ VARIANTS = {
 def make_prompts(lengths: tuple[int, ...], seed: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, 300, (length,), generator=generator).tolist() for length in lengths]
-
-
-def perturbed(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with norms and biases that are not the trivial ones of the initialisation."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    return model
 
 
 def generate(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
