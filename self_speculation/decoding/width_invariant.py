@@ -88,8 +88,9 @@ class WidthInvariantKernels:
             known = vars(model)[ATTRIBUTE] = cls(model)
         return known
 
-    def __deepcopy__(self, memo: dict[int, object]) -> None:
-        """A copied model has weights of its own."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model that is copied, or sent to another process, has weights elsewhere, and no kernels yet."""
+        return type(None), ()
 
     def run_layers(
         self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache

@@ -5,6 +5,7 @@ Shapes: B batch, T positions, V vocabulary.
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -200,9 +201,9 @@ def test_a_models_strategies_share_its_kernels(make_model: MakeModel, answer: Ca
     first, second = AutoregressiveStrategy(model), SelfSpeculativeStrategy(model)
     config = GenerationConfig(exact=True)
     assert first.kernels(config) is second.kernels(config) is first.kernels(config)
-    other = copy.deepcopy(model)
-    assert AutoregressiveStrategy(other).kernels(config) is not first.kernels(config)
-    assert answer(AutoregressiveStrategy(other), prompts_of(9)) == answer(first, prompts_of(9))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert AutoregressiveStrategy(other).kernels(config) is not first.kernels(config)
+        assert answer(AutoregressiveStrategy(other), prompts_of(9)) == answer(first, prompts_of(9))
 
 
 def test_moved_weights_stay_the_models(make_model: MakeModel, tmp_path: Path) -> None:
