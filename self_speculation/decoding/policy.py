@@ -75,28 +75,32 @@ class Policy:
         self.known.setdefault(self.first, Acceptance(PRIOR))
 
     def taught_by(self, other: "Policy | None") -> "Policy":
-        """This policy with what another one knows, which is learnt on by both."""
-        return self if other is None else replace(other, seconds=self.seconds, first=self.first)
+        """This policy with what another one knows, which is learnt on by both; their menus may differ."""
+        if other is None:
+            return self
+        known = {exit_layer: known for exit_layer, known in other.known.items() if exit_layer in self._menu}
+        current = other.current if other.current in self.seconds else None
+        return replace(other, seconds=self.seconds, first=self.first, known=known, current=current)
 
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """The cell of the next step, which has room for so many drafts."""
-        best = self._own_choice(most_drafts)
+        best = self.current = self._best(most_drafts)
         num_free = min(len(free.tokens), most_drafts)
-        if FREE not in self._menu or not num_free:
-            return best
-        known = self._known_of(free)
-        gratis = self._best_at(FREE, num_free, known.rate)
-        return gratis if self._rate(gratis, known.rate) > self.tokens_per_second(best) else best
-
-    def _own_choice(self, most_drafts: int) -> Cell:
-        bests = (self._best_at(exit_layer, most_drafts, known.rate) for exit_layer, known in self.known.items())
-        best = max(bests, key=self.tokens_per_second)
-        current = self.current
-        if current is not None and current.num_speculations <= most_drafts:
-            is_better = self.tokens_per_second(best) >= HYSTERESIS * self.tokens_per_second(current)
-            best = best if is_better else current
-        self.current = best
+        if FREE in self._menu and num_free:
+            alpha = self._known_of(free).rate
+            gratis = self._best_at(FREE, num_free, alpha)
+            if self._rate(gratis, alpha) > self.tokens_per_second(best):
+                return gratis
         return self._trial(best) if most_drafts else best
+
+    def _best(self, most_drafts: int) -> Cell:
+        """The best of the exits' own cells; the current one, where that is as good."""
+        bests = (self._best_at(exit_layer, most_drafts, known.rate) for exit_layer, known in self.known.items())
+        best, current = max(bests, key=self.tokens_per_second), self.current
+        if current is None or current.num_speculations > most_drafts:
+            return best
+        is_better = self.tokens_per_second(best) >= HYSTERESIS * self.tokens_per_second(current)
+        return best if is_better else current
 
     def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
         """What a step gave: each row's drafts, and how many of them were accepted."""

@@ -71,6 +71,17 @@ def test_another_exit_is_found_and_kept() -> None:
     assert {cell.exit_layer for cell in chosen[-100:] if cell.num_speculations > 1} == {5}
 
 
+def test_what_was_learnt_goes_into_another_menu() -> None:
+    """Exits that the new menu lacks are left out, and so is the cell where the old policy was."""
+    old = learn(Policy(costs(2, 5), first=2), *[(Cell(2, 4), 4)] * 10)
+    assert old.choose(8) == Cell(2, 8)
+    new = Policy(costs(3, 5), first=3).taught_by(old)
+    assert (new.known.keys(), new.current, new.elapsed) == ({3}, None, old.elapsed)
+    assert new.choose(8).exit_layer == 3
+    same = Policy(costs(2, 5), first=2).taught_by(old)
+    assert same.choose(8) == Cell(2, 8)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.5, 0.9])
 def test_it_is_hardly_slower_than_the_best_and_than_no_drafts(alpha: float) -> None:
     """Over 1,500 tokens of seconds that are counted: 3 % at most, whatever is accepted."""
