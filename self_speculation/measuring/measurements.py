@@ -10,12 +10,16 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationResult
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One answer: its tokens, each step's drafted, accepted and committed tokens, and its batch's times in seconds."""
+    """One answer: its tokens, each step's drafted, accepted and committed tokens, and its batch's times in seconds.
+
+    `cells` are what a policy chose for the steps, where there is one.
+    """
 
     tokens: list[int]
     text: str
@@ -26,6 +30,7 @@ class Measurement:
     drafted: list[int]
     accepted: list[int]
     committed: list[int]
+    cells: list[Cell] = field(default_factory=list)
 
     @classmethod
     def of(cls, result: GenerationResult) -> "Measurement":
@@ -40,6 +45,7 @@ class Measurement:
             drafted=[len(step.drafted) for step in result.steps],
             accepted=result.accepted_per_step,
             committed=[len(step.tokens) for step in result.steps],
+            cells=[step.cell for step in result.steps if step.cell],
         )
 
     @property

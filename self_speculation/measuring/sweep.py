@@ -121,9 +121,9 @@ class Findings:
         labels = {cell: f"{value / baseline:.2f}×" for cell, value in speed.items()}
         pictures = [folder / "sweep_speed.png", folder / "sweep_acceptance.png"]
         title = f"Tokens/s, {kind}; in the cells: over autoregressive decoding"
-        save_map(GridMap(title, speed, labels, self.best), pictures[0])
+        save_map(GridMap(title, "tokens/s", speed, labels, self.best), pictures[0])
         labels = {cell: f"{value:.0%}" for cell, value in rates.items()}
-        save_map(GridMap(f"Acceptance rate, {kind}", rates, labels, self.best), pictures[1])
+        save_map(GridMap(f"Acceptance rate, {kind}", "accepted / drafted", rates, labels, self.best), pictures[1])
         if self.grid and self.predicted:
             pictures.append(folder / "sweep_prediction.png")
             predicted = {cell: one.tokens_per_second for cell, one in self.predicted.items()}
