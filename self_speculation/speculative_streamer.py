@@ -57,7 +57,7 @@ STYLES = {
 
 NAMES = {
     Producer.ACCEPTED: "accepted draft",
-    Producer.LOOKED_UP: "accepted, looked up",
+    Producer.LOOKED_UP: "looked up",
     Producer.RECOVERED: "recovered",
     Producer.BONUS: "bonus",
 }

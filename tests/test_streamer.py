@@ -393,8 +393,8 @@ def test_drafts_that_were_looked_up_have_a_colour_of_their_own(tmp_path: Path) -
     assert len(set(STYLES.values())) == len(Producer)
     export_svg("", as_result(steps, vocabulary.stop_rule), vocabulary.stop_rule, tmp_path / "answer.svg", "")
     rows, classes = picture_rows(tmp_path / "answer.svg")
-    assert rows[-1].startswith("accepted draft · accepted, looked up · recovered · bonus")
-    assert classes["looked"] == classes["accepted, looked up"] != classes["exit"] == classes["accepted draft"]
+    assert rows[-1].startswith("accepted draft · looked up · recovered · bonus")
+    assert classes["looked"] == classes["looked up"] != classes["exit"] == classes["accepted draft"]
 
 
 @pytest.mark.parametrize("name", TEXTS)
