@@ -60,7 +60,9 @@ def save_map(grid: GridMap, path: Path) -> None:
         x, y = drafts.index(grid.best.num_speculations), exit_layers.index(grid.best.exit_layer)
         # White on black, which is seen on every colour of the map, by every eye.
         for colour, width in (("black", 5), ("white", 2)):
-            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, zorder=3))
+            axes.add_patch(
+                Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False)
+            )
     figure.colorbar(image, label=grid.quantity)
     _save(figure, path)
 

@@ -30,6 +30,7 @@ from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.prediction import Prediction
+from self_speculation.measuring.report_sources import read_sections
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.sweep import Findings, GridRow, SearchPlan, Sweep, longer_drafts, search
 
@@ -437,6 +438,15 @@ def test_fast_foretells_exactly_what_the_grid_counts_and_both_duel(
     assert duellists[0] == [found["best"]["exit_layer"], found["best"]["num_speculations"]]
     assert_is_picture(logs / "sweep_prediction.png")
     assert str(logs / "sweep_prediction.png") in capsys.readouterr().out
+
+    [section] = read_sections(logs, most_answers=1)
+    assert f"{found['best']['speedup']:.2f} ×" in section.summary
+    assert [(table.title, len(table.rows)) for table in section.tables] == [
+        ("The best cells, measured again", len(found["final"])),
+        ("Measured cells", 10),
+        ("Predicted cells", 9),
+    ]
+    assert list(section.pictures) == ["Speed", "Acceptance", "Predicted against measured"]
 
 
 @pytest.mark.parametrize("mode", ["grid", "fast", "both"])

@@ -17,6 +17,7 @@ from self_speculation.generator_base import GenerationConfig, GenerationResult, 
 from self_speculation.measuring.choices import Choice, ChosenStep, choices, chosen_steps, measured_steps, sentence
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import Probes
+from self_speculation.measuring.report_sources import read_sections
 from self_speculation.measuring.step_texts import step_texts
 from self_speculation.self_speculation_generator import AdaptiveStrategy, SelfSpeculativeStrategy
 
@@ -91,6 +92,17 @@ def test_benchmark_tells_what_was_chosen(
     assert sum(row["share_of_steps"] for row in sources) == pytest.approx(1)
     tokens = sum(row["steps"] * row["tokens_per_step"] for row in sources)
     assert tokens == pytest.approx(found["adaptive"]["tokens"])
+
+    [section] = read_sections(tmp_path / "logs", most_answers=1)
+    strategies, chosen, _ = section.tables
+    assert [row[0] for row in strategies.rows] == ["autoregressive", "adaptive"]
+    assert chosen.title == "What adaptive chose"
+    assert len(chosen.rows) == len(table)
+    # In float64 both strategies gave one answer, which is shown once.
+    [answer] = section.answers
+    assert answer.title == "Sample 0: autoregressive, adaptive"
+    assert [row[0] for row in answer.tables[0].rows] == ["autoregressive", "adaptive"]
+    assert answer.picture
 
 
 def test_generate_tells_and_draws_what_was_chosen(
