@@ -31,6 +31,7 @@ from self_speculation.harness.fitted_prompts import FittedPrompts
 from self_speculation.harness.loaded_tasks import TASKS_FOLDER, LoadedTasks
 from self_speculation.loading import BUNDLED_CHECKPOINT, ModelArguments, load
 from self_speculation.measuring.code_execution import best_isolation
+from self_speculation.measuring.report_sources import read_sections
 
 ROOT = Path(__file__).parents[2]
 WORDS = (
@@ -178,6 +179,11 @@ def test_all_exit_layers_are_the_runs_of_each(run: Callable[..., Any], tmp_path:
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert list(every["exit_layers"]) == ["1", "2", "3", "4", "5", "6"]
     assert every["results"] == every["exit_layers"]["6"]
+    [section] = read_sections(tmp_path / "logs", most_answers=1)
+    tasks, exits = section.tables[:2]
+    assert {row[0] for row in tasks.rows} == set(every["results"])
+    assert len(exits.rows) == 6 * len(tasks.rows)
+    assert list(section.pictures) == ["Exit layers"]
     for exit_layer in (2, 5):
         _, single = run(*flags, "--exit_layer", exit_layer)
         for task, own in single["results"].items():

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from self_speculation.commands import train
 from self_speculation.decoding.draft_head import COUNTS_FILE
+from self_speculation.measuring.report_sources import read_sections
 from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
 from self_speculation.training.run_record import RUN_FILE
 
@@ -74,6 +75,10 @@ def test_main_trains_resumes_and_writes_what_transformers_loads(
     assert table["agreement"].tolist()[1] == 1
     assert table["loss"].between(0, 10).all()
     assert (output / "exits.png").read_bytes().startswith(b"\x89PNG")
+    [section] = read_sections(output, most_answers=1)
+    assert section.settings["vocab_size"] == 270
+    assert [shown.title for shown in section.tables] == ["Exit layers", "Recommended", "Log"]
+    assert list(section.pictures) == ["Exit layers"]
     advice = json.loads((output / "layerskip.json").read_text())
     assert (output / COUNTS_FILE).is_file()
     said = capsys.readouterr().out
