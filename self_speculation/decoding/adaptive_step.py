@@ -145,7 +145,7 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
 def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:
     model, room = passes.model, max(DRAFTS) + 1
     rows = Rows.empty(PositionAddressedCache(num_caches(model), 3 + room, token_device(model)), num_rows, sample)
-    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, seed=0)
+    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, keys=[0] * num_rows)
     prefill(passes, rows)
     rows.active_B.zero_()
     rows.cache.see(2 + room)

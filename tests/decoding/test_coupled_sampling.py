@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, gumbel, noise, warpers
+from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, gumbel, noise, row_keys, warpers
 from self_speculation.decoding.verification import CoupledRule, Draft
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
 from self_speculation.measuring.prediction import acceptance_chances
@@ -87,7 +87,7 @@ def test_drafts_that_will_be_accepted_are_foretold(model: LlamaForCausalLM, toke
 
 def test_noise_is_uniform_and_never_cut_off() -> None:
     """exp(−g) is exponential: its mean and variance are 1; and the greatest of many is as great as it must be."""
-    keys_BT = noise(0, [[7]], 64)[..., COUPLED_STREAM]
+    keys_BT = noise(0, [7], 64)[..., COUPLED_STREAM]
     exponential = torch.exp(-gumbel(keys_BT, 2**14)).flatten()
     assert exponential.isfinite().all()
     assert exponential.min() < 20 / len(exponential)
@@ -109,11 +109,11 @@ def test_noise_depends_on_every_bit_of_key_and_token() -> None:
 
 def test_large_keys_of_rows_are_not_rounded() -> None:
     """Seeds that floats cannot tell apart give different noise in every row."""
-    prompts = [[number] for number in range(20)]
-    one, other = (noise(seed, prompts, 3) for seed in (2**60, 2**60 + 1))
+    keys = row_keys([[number] for number in range(20)])
+    one, other = (noise(seed, keys, 3) for seed in (2**60, 2**60 + 1))
     assert not (one == other).any()
     assert one.shape[-1] == NUM_STREAMS
-    assert noise(2**63 - 1, prompts, 3).shape == one.shape
+    assert noise(2**63 - 1, keys, 3).shape == one.shape
 
 
 # Distribution
@@ -129,7 +129,7 @@ def distributions() -> torch.Tensor:
 def draws(distributions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What many rows draw from p, and whether the draft from q was accepted."""
     num_rows = 20_000
-    noise_BTS = noise(0, [[7]] * num_rows, 2)
+    noise_BTS = noise(0, range(num_rows), 2)
     p_V, q_V = distributions.log()
     drafted_B1, _ = RULE.propose(q_V.expand(num_rows, 1, -1), noise_BTS[:, :1])
     draft = Draft(drafted_B1, [None], torch.ones(num_rows, dtype=torch.long))
@@ -169,6 +169,6 @@ def test_acceptance_is_the_formula_s(distributions: torch.Tensor, draws: tuple[t
 def test_filters_leave_tokens_out() -> None:
     rule = CoupledRule(warpers(temperature=1.0, top_k=2, top_p=1.0))
     logits_B1V = torch.tensor([3.0, 1.0, 2.0, 0.0]).expand(500, 1, -1)
-    tokens_B1, q_B1V = rule.propose(logits_B1V, noise(0, [[7]] * 500, 1))
+    tokens_B1, q_B1V = rule.propose(logits_B1V, noise(0, range(500), 1))
     assert set(tokens_B1.flatten().tolist()) == {0, 2}
     assert q_B1V is None

@@ -167,7 +167,7 @@ def test_a_certain_draft_is_judged_by_the_rule(sampling: str) -> None:
     logits_BTV = probabilities_V.log().expand(rows, 2, 4)
     token_B1 = torch.full((rows, 1), 2)
     noise_BTS = torch.rand(rows, 2, NUM_STREAMS, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    noise_BTS[..., COUPLED_STREAM] = noise(5, [[n] for n in range(rows)], 2)[..., COUPLED_STREAM]
+    noise_BTS[..., COUPLED_STREAM] = noise(5, range(rows), 2)[..., COUPLED_STREAM]
     draft = Draft(token_B1, [rule.certain(token_B1, 4)], torch.ones(rows, dtype=torch.long))
     verdict = rule.judge(draft, logits_BTV, noise_BTS)
     assert verdict.accepted_B.double().mean() == pytest.approx(0.3, abs=0.03)

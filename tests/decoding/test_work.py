@@ -40,7 +40,7 @@ def decode(strategy: GenerationStrategy, request: GenerationRequest) -> list[lis
     tokens: list[list[int]] = [[] for _ in request.prompts]
     for step in strategy.steps(request):
         for row, row_step in zip(tokens, step.rows, strict=True):
-            row += row_step.tokens
+            row += row_step.tokens if row_step else []
     return tokens
 
 
@@ -206,7 +206,7 @@ def test_stale_entries_are_invisible(strategy: type[StepwiseStrategy], model: Ll
         with torch.inference_mode():
             poison(session.step.rows)
     assert steps == expected
-    rejected = [row.is_rejected for step in steps for row in step.rows]
+    rejected = [row.is_rejected for step in steps for row in step.rows if row]
     assert any(rejected) == (strategy is SelfSpeculativeStrategy)
 
 
