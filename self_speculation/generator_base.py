@@ -41,8 +41,9 @@ class GenerationResult:
 
     Times are in seconds, from when its prompt began to be read to its last token, in whatever company.
     `first_token_seconds` ends with the first delivery of tokens and contains the prefill; `decode_seconds` begins
-    there. `prefill_seconds` is 0 where prefill and first tokens come as one. `request_seconds` is how long all answers
-    took that were asked for together. `stop_reason` is None where the answer was interrupted.
+    there. `prefill_seconds` is 0 where prefill and first tokens come as one. Of answers that were asked for together,
+    `request_seconds` is how long all of them took, and `begun_after` how many steps there were before this one's.
+    `stop_reason` is None where the answer was interrupted.
     """
 
     text: str = ""
@@ -51,8 +52,9 @@ class GenerationResult:
     prefill_seconds: float = 0.0
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
-    request_seconds: float = 0.0
     steps: list[RowStep] = field(default_factory=list)
+    request_seconds: float = 0.0
+    begun_after: int = 0
 
     def collect(self, step: RowStep, seconds: float) -> None:
         """Add a step and the time that it took; the text is made at the end."""
@@ -106,6 +108,19 @@ class GenerationResult:
     def tokens_per_second(self) -> float:
         """The decode rate: new tokens after the first delivery over the time since then."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class RequestClock:
+    """The steps and seconds that a request has taken so far; reading prompts is no step."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: GenerationStep, seconds: float) -> None:
+        """One more step, or prompts were read."""
+        self.steps += any(row is not None and row.tokens for row in step.rows)
+        self.seconds += seconds
 
 
 def synchronize() -> None:
@@ -284,13 +299,14 @@ class HuggingfaceLlamaGenerator:
             streamer = TokenStreamer(streamer)
         if streamer is not None:
             streamer.begin(request.prompts[0], request.stop_rule)
-        seconds, first = 0.0, 0
+        first = 0
+        clock = RequestClock()
         for part in self._parts(request, batch_size):
-            seconds += self._collect(part, results[first : first + len(part.prompts)], streamer)
+            self._collect(part, results[first : first + len(part.prompts)], streamer, clock)
             first += len(part.prompts)
         for result in results:
             result.text = request.stop_rule.text(result.tokens, finished=True)
-            result.request_seconds = seconds
+            result.request_seconds = clock.seconds
         if streamer is not None:
             streamer.end()
         return results
@@ -304,19 +320,22 @@ class HuggingfaceLlamaGenerator:
         return request.split(batch_size)
 
     def _collect(
-        self, request: GenerationRequest, results: list[GenerationResult], streamer: StepStreamer | None
-    ) -> float:
-        """Let the strategy answer; returns the seconds of all its steps."""
+        self,
+        request: GenerationRequest,
+        results: list[GenerationResult],
+        streamer: StepStreamer | None,
+        clock: "RequestClock",
+    ) -> None:
+        """Let the strategy answer."""
         self.strategy.prepare(request)
-        total = 0.0
         for step, seconds in self._timed_steps(request):
-            total += seconds
             for result, row in zip(results, step.rows, strict=True):
                 if row is not None and result.stop_reason is None:
+                    result.begun_after = result.begun_after if result.steps else clock.steps
                     result.collect(row, seconds)
+            clock.add(step, seconds)
             if streamer is not None and step.rows[0] is not None:
                 streamer.update(step.rows[0])
-        return total
 
     def _decode(self, tokens: list[int]) -> str:
         """The text of one answer; the tokenizer's annotation has that of several, too."""
