@@ -35,6 +35,7 @@ from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.measuring.colours import line_style
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport
 from self_speculation.measuring.figures import Times, Totals
@@ -225,10 +226,10 @@ def save_picture(rows: list[dict[str, Any]], config: GenerationConfig, path: Pat
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     throughput, latency = figure.subplots(1, 2)
     labels = ("autoregressive", f"self_speculative, E = {config.exit_layer}, d = {config.num_speculations}")
-    for strategy, label in zip(STRATEGIES, labels, strict=True):
-        own = [row for row in rows if row["strategy"] == strategy]
-        draw(throughput, own, "tokens_per_second", 1, label)
-        draw(latency, own, "decode_seconds_per_token", 1e3, label)
+    for index, (strategy, label) in enumerate(zip(STRATEGIES, labels, strict=True)):
+        own, style = [row for row in rows if row["strategy"] == strategy], line_style(index) | {"label": label}
+        draw(throughput, own, "tokens_per_second", 1, style)
+        draw(latency, own, "decode_seconds_per_token", 1e3, style)
     throughput.set(title="Throughput: all rows together", ylabel="tokens/s, prompts included")
     latency.set(title="Latency: what a row waits", ylabel="ms per token of a row, after the first")
     for axes in (throughput, latency):
@@ -237,12 +238,12 @@ def save_picture(rows: list[dict[str, Any]], config: GenerationConfig, path: Pat
     figure.savefig(path, dpi=130)
 
 
-def draw(axes: Axes, rows: list[dict[str, Any]], name: str, factor: float, label: str) -> None:
+def draw(axes: Axes, rows: list[dict[str, Any]], name: str, factor: float, style: dict[str, str]) -> None:
     """A figure of one strategy as a line in its band."""
     sizes = [row["batch_size"] for row in rows]
     middle, least, most = ([row[name + end] * factor for row in rows] for end in ("", "_least", "_greatest"))
-    [line] = axes.plot(sizes, middle, marker="o", label=label)
-    axes.fill_between(sizes, least, most, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.plot(sizes, middle, **style)
+    axes.fill_between(sizes, least, most, alpha=0.2, color=style["color"], linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()

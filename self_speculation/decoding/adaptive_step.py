@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.early_exit import embed, num_caches, token_device
 from self_speculation.decoding.kernels import forward_remainder
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
-from self_speculation.decoding.policy import FREE, Policy
+from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, StepOutcome, speculative_step
@@ -91,7 +91,7 @@ class AdaptiveStep:
         counts_B2 = torch.stack([drafted_B, outcome.packed_BN[:, 0]], dim=1)[self.rows.active_B]
         drafted, accepted = counts_B2.T.tolist()
         self.policy.observe(cell, drafted, accepted, free)
-        return outcome
+        return outcome._replace(cell=cell)
 
     def _free_draft(self, most: int) -> FreeDraft:
         if self.lookup is None:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.config import GenerationConfig
 from self_speculation.decoding.sampling import row_keys
 from self_speculation.decoding.stopping import StopReason, StopRule
@@ -62,13 +63,15 @@ class RowStep:
     """One row's part of a step: what was drafted, how much of it was accepted, and the tokens it committed.
 
     All three end at the row's stop. `tokens` are the accepted ones and, unless the stop was in front of it, one of
-    the full model's: *recovered* if a draft was rejected, *bonus* if none was.
+    the full model's: *recovered* if a draft was rejected, *bonus* if none was. `cell` is what a policy chose for the
+    step, where there is one; the row may have had room for a shorter draft.
     """
 
     drafted: list[int] = field(default_factory=list)
     accepted: int = 0
     tokens: list[int] = field(default_factory=list)
     stop_reason: StopReason | None = None
+    cell: Cell | None = None
 
     @property
     def is_rejected(self) -> bool:

@@ -5,7 +5,7 @@ The host sees counts and tokens once a step, cuts answers at their stops, and sa
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -129,7 +129,7 @@ class Session:
         steps = self._row_steps()
         for prompt, row in zip(self.prompt_of_row, outcome.unpack(), strict=True):
             if not self.ended[prompt]:
-                steps[prompt] = self._row_step(prompt, row)
+                steps[prompt] = replace(self._row_step(prompt, row), cell=outcome.cell)
         if any(step and step.stop_reason for step in steps):
             self._let_ended_rows_rest()
         return GenerationStep(steps)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
+from self_speculation.measuring.choices import choices, measured_steps
 from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
@@ -119,6 +120,7 @@ class Benchmark:
                 ideal_decode_speedup=ideals.get(name),
                 scores={key: value for score in scorers for key, value in score(texts, self.examples).items()},
                 judged=self._judged(judge, own[0]) if judge is not None and is_whole else {},
+                choices=choices(measured_steps(m for one in own for m in one.measurements)),
             )
         return figures
 

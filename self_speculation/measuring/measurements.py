@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationResult
 
 # How many batches a list is long: with more, less is lost at the end of each, and more where a run is interrupted.
@@ -21,6 +22,7 @@ class Measurement:
     """One answer: its tokens, its times in seconds, and each step's drafted, accepted and committed tokens.
 
     `request_seconds` are those of its whole list, None if it has none; of the list's steps, `begun_after` were before.
+    `cells` are what a policy chose for the steps, where there is one.
     """
 
     tokens: list[int]
@@ -34,6 +36,7 @@ class Measurement:
     committed: list[int]
     request_seconds: float | None = None
     begun_after: int = 0
+    cells: list[Cell] = field(default_factory=list)
 
     @classmethod
     def of(cls, result: GenerationResult) -> "Measurement":
@@ -50,6 +53,7 @@ class Measurement:
             committed=[len(step.tokens) for step in result.steps],
             request_seconds=result.request_seconds,
             begun_after=result.begun_after,
+            cells=[step.cell for step in result.steps if step.cell],
         )
 
     @property

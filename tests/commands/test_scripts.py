@@ -20,6 +20,7 @@ from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.commands.interactive import InterruptKey, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
 from self_speculation.measuring.probes import Probes
+from self_speculation.measuring.report_sources import read_sections
 
 PROMPT = "def add(a, b):"
 
@@ -85,6 +86,9 @@ def test_correctness_passes_over_a_grid_and_writes_one_document(
         (exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in (1, 4)
     ]
     assert all(cell["num_samples"] == 3 and not cell["differences"] for cell in found["cells"])
+    [section] = read_sections(tmp_path / "logs", most_answers=1)
+    assert (section.summary, len(section.tables[0].rows)) == ("PASS", 6)
+    assert section.settings["exit_layer"] is None
     assert "PASS: 18 runs" in capsys.readouterr().out
 
 

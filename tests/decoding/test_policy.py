@@ -9,9 +9,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
-from self_speculation.decoding.policy import FREE, MOST_LOST, Acceptance, Policy
+from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
 from self_speculation.decoding.verification import Draft
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
