@@ -10,8 +10,8 @@ leaf. Both are counted on the full model's own greedy answers, which every exit 
 without leaves, which for greedy decoding is exact; the formula's figures stand in the JSON beside them.
 
 A leaf is one row more of the verification, and all layers read it, not only those behind the exit. What that costs is
-given (`--row_cost`) or measured (`--measure_passes True`). The last two lines are the verdict and one JSON object, which
-is also OUTPUT_DIR/caterpillar.json.
+given (`--row_cost`) or measured (`--measure_passes True`). The last two lines are the verdict and one JSON object; that
+is written to OUTPUT_DIR/caterpillar.json, too.
 """
 
 import dataclasses
