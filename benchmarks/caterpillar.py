@@ -10,8 +10,9 @@ leaf. Both are counted on the full model's own greedy answers, which every exit 
 without leaves, which for greedy decoding is exact; the formula's figures stand in the JSON beside them.
 
 A leaf is one row more of the verification, and all layers read it, not only those behind the exit. What that costs is
-given (`--row_cost`) or measured (`--measure_passes True`). The last two lines are the verdict and one JSON object; that
-is written to OUTPUT_DIR/caterpillar.json, too.
+measured (`--measure_passes True`). Else passes cost what their layers do, and a leaf what `--row_cost` says, by default
+nothing: what does not pay then never does. The last two lines are the verdict and one JSON object; that is written to
+OUTPUT_DIR/caterpillar.json, too.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ class CaterpillarArguments(Settings):
 
     leaves: int = setting(2, help="Leaves at each drafted place: the exit's second choice, its third …", at_least=1)
     row_cost: float = setting(0.0, help="What a leaf adds to a step, as a share of the step's time.", at_least=0)
-    measure_passes: bool = setting(False, help="Measure that, and what autoregressive decoding takes.")
+    measure_passes: bool = setting(False, help="Time the passes, with leaves and without, in place of that.")
     rounds: int = setting(9, help="Rounds of that; figures are medians over them.", at_least=1)
 
 
@@ -236,16 +237,28 @@ class Width:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Median seconds of passes: a token's draft by E, a verification by its rows, a step without any draft."""
+    """What passes take: a token's draft by E, a verification by its rows, and a step of autoregressive decoding.
+
+    `row_cost` is added for each leaf, as a share of the step, where verifications do not tell it.
+    """
 
     draft: dict[int, float]
     verification: dict[Width, float]
     autoregressive: float
+    row_cost: float = 0.0
+
+    @classmethod
+    def by_layers(cls, cells: list[Cell], num_layers: int, arguments: CaterpillarArguments) -> "StepSeconds":
+        """What they take at best: as long as their layers are read, whatever the rows, and nothing for the LM head."""
+        widths = [Width.of(cell, leaves) for cell, leaves in product(cells, (0, arguments.leaves))]
+        draft = {cell.exit_layer: cell.exit_layer / num_layers for cell in cells}
+        return cls(draft, dict.fromkeys(widths, 1.0), 1.0, arguments.row_cost)
 
     def step(self, cell: Cell, leaves: int = 0) -> float:
         """A step with or without leaves."""
-        drafts = cell.num_speculations * self.draft[cell.exit_layer]
-        return drafts + self.verification[Width.of(cell, leaves)]
+        drafts = cell.num_speculations
+        seconds = drafts * self.draft[cell.exit_layer] + self.verification[Width.of(cell, leaves)]
+        return seconds * (1 + leaves * drafts * self.row_cost)
 
 
 @torch.inference_mode()
@@ -309,35 +322,35 @@ def verification(passes: EagerPasses, rows: Rows, width: Width) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One (E, d): what it counted, how much longer a step with leaves takes, and the speeds where passes were timed.
+    """One (E, d): what it counted, how many times as long a step with leaves takes, and the speeds without and with.
 
-    The speeds, without leaves and with them, are over autoregressive decoding's.
+    Speeds are tokens a second over autoregressive decoding's.
     """
 
     cell: Cell
     counts: Counts
     step_factor: float
-    speeds: tuple[float, float] | None = None
+    plain: float
+    leafy: float
 
     @classmethod
-    def of(cls, cell: Cell, counts: Counts, arguments: CaterpillarArguments, seconds: StepSeconds | None) -> "Outcome":
-        """With the cost of leaves that was measured, or else is given."""
-        if seconds is None:
-            return cls(cell, counts, 1 + arguments.leaves * cell.num_speculations * arguments.row_cost)
-        plain, leafy = seconds.step(cell), seconds.step(cell, arguments.leaves)
-        rates = (counts.tokens / counts.steps / plain, counts.tokens / counts.steps_with_leaves / leafy)
-        without, with_leaves = (rate * seconds.autoregressive for rate in rates)
-        return cls(cell, counts, leafy / plain, (without, with_leaves))
+    def of(cls, cell: Cell, counts: Counts, seconds: StepSeconds, leaves: int) -> "Outcome":
+        """By what passes take."""
+        without, with_leaves = seconds.step(cell), seconds.step(cell, leaves)
+        plain = counts.tokens / counts.steps / without * seconds.autoregressive
+        leafy = counts.tokens / counts.steps_with_leaves / with_leaves * seconds.autoregressive
+        return cls(cell, counts, with_leaves / without, plain, leafy)
 
     @property
     def gain(self) -> float:
         """The gain in tokens a second over the same (E, d) without leaves."""
-        return (1 + self.counts.gain_in_tokens) / self.step_factor - 1
+        return self.leafy / self.plain - 1
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for the record."""
         own = self.cell._asdict() | self.counts.as_json(self.cell.num_speculations)
-        return own | {"step_factor": self.step_factor, "gain": self.gain, "speeds": self.speeds}
+        speeds = {"speed": self.plain, "speed_with_leaves": self.leafy}
+        return own | {"step_factor": self.step_factor, "gain": self.gain} | speeds
 
     def as_text(self) -> tuple[str, ...]:
         """A row of the table."""
@@ -351,27 +364,23 @@ class Outcome:
             f"{found.gain_in_tokens:+.1%}",
             f"{self.step_factor:.3f}",
             f"{self.gain:+.1%}",
-            *(f"{speed:.2f}" for speed in self.speeds or ()),
+            f"{self.plain:.2f}",
+            f"{self.leafy:.2f}",
         )
 
 
 HEADS = ("E", "d", "α", "s", "τ", "τ'", "gain in\ntokens", "step\ntakes", "gain", "over AR", "with\nleaves")
 
 
-def verdict(outcomes: list[Outcome]) -> str:
-    """Whether to build it: by the best decoding with leaves and without, or by the greatest gain that there may be."""
-    timed = [(one.speeds, one.cell) for one in outcomes if one.speeds is not None]
-    if not timed:
-        best = max(outcomes, key=lambda one: one.gain)
-        found = f"leaves gain {best.gain:.1%} at most, at {best.cell.name}, if they make a step {best.step_factor:.3f} "
-        sentence = f"{found}times as long; the bar is {BAR:.0%}."
-        return f"{'Measure the passes' if best.gain >= BAR else 'Do not build it'}: {sentence}"
-    without = max((1.0, *(speeds[0] for speeds, _ in timed)))
-    with_leaves, cell = max((speeds[1], cell) for speeds, cell in timed)
-    gain = with_leaves / without - 1
-    found = f"the best with leaves, at {cell.name}, is {with_leaves:.2f} times as fast as autoregressive decoding, "
-    sentence = f"{found}and the best without them {without:.2f}: {gain:+.1%}; the bar is {BAR:.0%}."
-    return f"{'Build it' if gain >= BAR else 'Do not build it'}: {sentence}"
+def verdict(outcomes: list[Outcome], is_measured: bool) -> str:
+    """Whether to build it: by the best decoding with leaves, and the best without them, drafting or not."""
+    best = max(outcomes, key=lambda one: one.leafy)
+    without = max(1.0, *(one.plain for one in outcomes))
+    gain = best.leafy / without - 1
+    yes, at_best = ("Build it", "") if is_measured else ("Measure the passes", " at best, by the layers of passes,")
+    found = f"with leaves decoding is{at_best} {best.leafy:.2f} times as fast as autoregressive, at {best.cell.name}"
+    sentence = f"{found}, and without them {without:.2f} times: {gain:+.1%}; the bar is {BAR:.0%}."
+    return f"{yes if gain >= BAR else 'Do not build it'}: {sentence}"
 
 
 def encoded_prompts(
@@ -403,17 +412,16 @@ def main() -> None:
     for answer in ranked_answers(generator, prompts, config, exit_layers):
         for cell, own in counts.items():
             own.add(answer, cell, arguments.leaves)
-    seconds = None
+    seconds = StepSeconds.by_layers(cells, model.config.num_hidden_layers, arguments)
     if arguments.measure_passes:
         seconds = measure(model, generator.request(prompts[:1], config.generation()), cells, arguments)
-    outcomes = [Outcome.of(cell, own, arguments, seconds) for cell, own in counts.items()]
-    rows = [one.as_text() for one in outcomes]
-    Console(highlight=False).print(plain_table(HEADS[: len(rows[0])], rows, num_names=0))
-    print(verdict(outcomes))
-    found = {"arguments": settings, "surroundings": surroundings(model.device)}
-    found["cells"] = [one.as_json() for one in outcomes]
-    log.write(found)
-    print(json.dumps(found))
+    outcomes = [Outcome.of(cell, own, seconds, arguments.leaves) for cell, own in counts.items()]
+    Console(highlight=False).print(plain_table(HEADS, [one.as_text() for one in outcomes], num_names=0))
+    print(verdict(outcomes, arguments.measure_passes))
+    cells_found = {"cells": [one.as_json() for one in outcomes]}
+    document = {"arguments": settings, "surroundings": surroundings(model.device)} | cells_found
+    log.write(document)
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -66,47 +66,42 @@ def test_a_leaf_is_read_by_all_layers() -> None:
     assert Width.of(Cell(3, 4), leaves=2) == Width(3, early=9, late=13)
 
 
-def outcome(seconds: StepSeconds | None, row_cost: float = 0.0) -> Outcome:
-    """20 tokens in 10 steps without leaves, in 8 with two at each of two places."""
-    counts = Counts(tokens=20, steps=10, steps_with_leaves=8, accepted=10, overruled=4, by_leaves=2)
-    return Outcome.of(Cell(3, 2), counts, CaterpillarArguments(row_cost=row_cost), seconds)
+# 20 tokens in 10 steps without leaves, in 8 with two at each of two places.
+COUNTS = Counts(tokens=20, steps=10, steps_with_leaves=8, accepted=10, overruled=4, by_leaves=2)
+CELL = Cell(3, 2)
 
 
 @pytest.mark.parametrize(
-    ("row_cost", "gain", "said"),
+    ("row_cost", "factor", "said"),
     [
-        (0.0, 0.25, "Measure the passes: leaves gain 25.0% at most, at E=3, d=2, if they make a step 1.000 times"),
-        (0.05, 0.25 - 0.25 / 1.2, "Do not build it: leaves gain 4.2% at most, at E=3, d=2, if they make a step 1.200"),
+        # Two drafts of 3 of 12 layers and a verification: 1.5 passes for 2 tokens, or for 2.5.
+        (0.0, 1.0, "Measure the passes: with leaves decoding is at best, by the layers of passes, 1.67 times as fast"),
+        (0.05, 1.2, "Do not build it: with leaves decoding is at best, by the layers of passes, 1.39 times as fast"),
     ],
 )
-def test_leaves_at_a_given_cost(row_cost: float, gain: float, said: str) -> None:
-    one = outcome(None, row_cost)
-    assert one.gain == pytest.approx(gain)
-    assert caterpillar.verdict([one]).startswith(said)
+def test_leaves_at_a_given_cost(row_cost: float, factor: float, said: str) -> None:
+    seconds = StepSeconds.by_layers([CELL], 12, CaterpillarArguments(row_cost=row_cost))
+    one = Outcome.of(CELL, COUNTS, seconds, leaves=2)
+    assert (one.step_factor, one.plain, one.leafy) == pytest.approx((factor, 2 / 1.5, 2.5 / 1.5 / factor))
+    assert one.gain == pytest.approx(1.25 / factor - 1)
+    assert caterpillar.verdict([one], is_measured=False).startswith(said)
 
 
 @pytest.mark.parametrize(
-    ("leafy", "speeds", "said"),
+    ("plain", "leafy", "said"),
     [
-        # A draft takes 1 s and a verification 4 s, so a step 6 s for 2 tokens; with leaves 2.5 tokens.
-        (4.0, (4 * 2 / 6, 4 * 2.5 / 6), "Build it: the best with leaves, at E=3, d=2, is 1.67 times as fast"),
-        (5.5, (4 * 2 / 6, 4 * 2.5 / 7.5), "Do not build it: "),
+        (4.0, 4.0, "Build it: with leaves decoding is 1.67 times as fast as autoregressive, at E=3, d=2, and without "),
+        (4.0, 5.5, "Do not build it: with leaves decoding is 1.33 times as fast as autoregressive, at E=3, d=2"),
+        # Both lose against autoregressive decoding, so the gain of a quarter is none.
+        (9.0, 9.0, "Do not build it: with leaves decoding is 0.91 times as fast as autoregressive, at E=3, d=2"),
     ],
 )
-def test_leaves_at_a_measured_cost(leafy: float, speeds: tuple[float, float], said: str) -> None:
-    widths = {Width.of(Cell(3, 2)): 4.0, Width.of(Cell(3, 2), 2): leafy}
-    one = outcome(StepSeconds({3: 1.0}, widths, autoregressive=4.0))
-    assert one.speeds == pytest.approx(speeds)
-    assert one.gain == pytest.approx(speeds[1] / speeds[0] - 1)
-    assert caterpillar.verdict([one]).startswith(said)
-
-
-def test_what_loses_anyway_is_not_built_for_its_gain() -> None:
-    """Both lose against autoregressive decoding, which stays the best there is."""
-    widths = {Width.of(Cell(3, 2)): 9.0, Width.of(Cell(3, 2), 2): 9.0}
-    one = outcome(StepSeconds({3: 1.0}, widths, autoregressive=4.0))
-    assert one.gain == pytest.approx(0.25)
-    assert caterpillar.verdict([one]).startswith("Do not build it: ")
+def test_leaves_at_a_measured_cost(plain: float, leafy: float, said: str) -> None:
+    """A draft takes 1 s, and a step without any 4 s."""
+    widths = {Width.of(CELL): plain, Width.of(CELL, 2): leafy}
+    one = Outcome.of(CELL, COUNTS, StepSeconds({3: 1.0}, widths, autoregressive=4.0), leaves=2)
+    assert (one.plain, one.leafy) == pytest.approx((4 * 2 / (2 + plain), 4 * 2.5 / (2 + leafy)))
+    assert caterpillar.verdict([one], is_measured=True).startswith(said)
 
 
 def test_the_steps_are_those_of_decoding(
@@ -117,7 +112,7 @@ def test_the_steps_are_those_of_decoding(
     more = ("--leaves", 299, "--batch_size", 3, "--measure_passes", "True", "--rounds", 1)
     assert run(caterpillar.main, *flags, *more) == 0
     *_, said, last = capsys.readouterr().out.splitlines()
-    assert "uild it: the best with leaves, at E=" in said
+    assert "uild it: with leaves decoding is " in said
     model, tokenizer = load(str(folder))
     generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
     prompts = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()]
