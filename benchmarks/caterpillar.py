@@ -41,7 +41,6 @@ from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.early_exit import check_exit_layer, forward_adapter, forward_exits, head_logits
-from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.kernels import forward_early, forward_remainder
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import process_logits
@@ -81,6 +80,7 @@ class CaterpillarArguments(Settings):
 class CaterpillarConfig(CorrectnessConfig):
     """Greedy decoding, and a grid of exit layers and draft lengths."""
 
+    max_new_tokens: int = setting(128, help="Most new tokens.", at_least=1, flag="max_steps")
     sample: bool = setting(False, help="Must be False: which token overrules a draft is told for greedy decoding.")
 
     def __post_init__(self) -> None:
@@ -208,7 +208,6 @@ def ranked_answers(
 ) -> Iterator[RankedAnswer]:
     """The full model's answers, as every exit reads them."""
     generation, context = config.generation(), generator.model.config.max_position_embeddings
-    fuse(generator.model)
     for first in tqdm(range(0, len(prompts), config.batch_size), desc="Answering", unit="batch"):
         batch = prompts[first : first + config.batch_size]
         for prompt, answer in zip(batch, generator.generate(batch, generation), strict=True):

@@ -130,6 +130,7 @@ def test_the_steps_are_those_of_decoding(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
+        (["--max_steps", 0], "--max_steps must be at least 1, not 0."),
         (["--leaves", 0], "--leaves must be at least 1, not 0."),
         (["--row_cost", -1], "--row_cost must be at least 0, not -1.0."),
         (["--num_speculations", "0,2"], "--num_speculations must be at least 1 here"),
