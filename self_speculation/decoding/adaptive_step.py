@@ -125,10 +125,7 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
             one = _seconds(partial(speculative_step, sources[cell.exit_layer], rows, cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
-    fitted = {
-        source: np.polynomial.Polynomial.fit(DRAFTS[1:], [seconds[Cell(source, d)] for d in DRAFTS[1:]], 1)
-        for source in sources
-    }
+    fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in DRAFTS[1:]}) for source in sources}
     menu = {
         Cell(exit_layer, drafts): float(
             np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)])
@@ -140,6 +137,15 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
     if FREE in sources:
         menu |= {Cell(FREE, drafts): float(fitted[FREE](drafts)) for drafts in range(1, max(DRAFTS) + 1)}
     return menu
+
+
+def evened_out(seconds: dict[int, float]) -> Callable[[int], float]:
+    """Seconds by the draft length, on a line through those that were timed.
+
+    None is below the least of them: where other work slowed some of the steps, a line may even fall below zero.
+    """
+    line = np.polynomial.Polynomial.fit(list(seconds), list(seconds.values()), 1)
+    return lambda drafts: max(float(line(drafts)), min(seconds.values()))
 
 
 def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:

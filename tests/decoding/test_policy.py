@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
+from self_speculation.decoding.adaptive_step import evened_out
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
@@ -52,6 +53,21 @@ def test_the_draft_length_follows_the_counts(history: list[tuple[Cell, int]], ch
     policy = learn(Policy(costs(2), first=2), *history)
     policy.elapsed = 0.0
     assert policy.choose(8) == choice
+
+
+@pytest.mark.parametrize(
+    ("timed", "expected"),
+    [
+        ({1: 2.0, 2: 3.0, 3: 4.0}, {1: 2.0, 2: 3.0, 3: 4.0, 5: 6.0}),
+        ({1: 2.0, 2: 3.2, 3: 3.8}, {1: 2.1, 2: 3.0, 3: 3.9, 5: 5.7}),
+        # Other work slowed the last one: the line would begin below zero.
+        ({1: 1.0, 2: 1.0, 3: 1.0, 8: 30.0}, {1: 1.0, 2: 1.5, 8: 28.5}),
+    ],
+    ids=["a line", "noise", "a slow one"],
+)
+def test_costs_are_evened_out(timed: dict[int, float], expected: dict[int, float]) -> None:
+    line = evened_out(timed)
+    assert {drafts: line(drafts) for drafts in expected} == pytest.approx(expected, abs=0.05)
 
 
 def test_what_there_is_no_room_for_is_not_chosen() -> None:
