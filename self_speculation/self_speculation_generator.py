@@ -75,9 +75,9 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             exit_layer: dataclasses.replace(step.passes, plan=dataclasses.replace(plan, exit_layer=exit_layer))
             for exit_layer in self._exit_layers(plan)
         }
-        key = (len(request.prompts), *exits, plan.draft_head, type(step.passes.kernels), request.config.sample)
+        key = (request.num_rows, *exits, plan.draft_head, type(step.passes.kernels), request.config.sample)
         if key not in self.seconds:
-            self.seconds[key] = step_seconds(exits, len(request.prompts), request.config.sample)
+            self.seconds[key] = step_seconds(exits, request.num_rows, request.config.sample)
         policy = Policy(self.seconds[key], plan.exit_layer)
         if request.config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)

@@ -125,10 +125,7 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
             one = _seconds(partial(speculative_step, sources[cell.exit_layer], rows, cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
-    fitted = {
-        source: np.polynomial.Polynomial.fit(DRAFTS[1:], [seconds[Cell(source, d)] for d in DRAFTS[1:]], 1)
-        for source in sources
-    }
+    fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in DRAFTS[1:]}) for source in sources}
     menu = {
         Cell(exit_layer, drafts): float(
             np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)])
@@ -142,10 +139,19 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
     return menu
 
 
+def evened_out(seconds: dict[int, float]) -> Callable[[int], float]:
+    """Seconds by the draft length, on a line through those that were timed.
+
+    None is below the least of them: where other work slowed some of the steps, a line may even fall below zero.
+    """
+    line = np.polynomial.Polynomial.fit(list(seconds), list(seconds.values()), 1)
+    return lambda drafts: max(float(line(drafts)), min(seconds.values()))
+
+
 def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:
     model, room = passes.model, max(DRAFTS) + 1
     rows = Rows.empty(PositionAddressedCache(num_caches(model), 3 + room, token_device(model)), num_rows, sample)
-    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, seed=0)
+    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, keys=[0] * num_rows)
     prefill(passes, rows)
     rows.active_B.zero_()
     rows.cache.see(2 + room)
