@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.chat import Chat
+from self_speculation.commands.chosen import what_was_chosen
 from self_speculation.commands.conversation import typed_messages
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.commands.interactive import InterruptKey, KeepingStreamer, is_conversation, read_prompts
 from self_speculation.ending import Terminated, one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
 from self_speculation.loading import ModelArguments, Recommendation, advice_for, load
-from self_speculation.measuring.choices import ChosenStep, choices, chosen_steps, sentence
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.step_texts import Decode, step_texts
-from self_speculation.measuring.tables import choice_table
 from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 from self_speculation.strategies import fill_in, make_strategy
@@ -163,27 +161,6 @@ def save(result: GenerationResult, prompt: str, path: Path, decode: Decode) -> N
     line = {"prompt": prompt, **asdict(result), "step_texts": [asdict(own) for own in step_texts(result, decode)]}
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def what_was_chosen(result: GenerationResult, picture: Path | None, is_brief: bool) -> Iterator[str | Table]:
-    """What a policy chose, if there was one, in a line or a table; and where its picture is, if one is asked for."""
-    steps = chosen_steps(result.steps)
-    if steps:
-        found = choices(steps)
-        yield sentence(found) if is_brief else choice_table(found)
-    if steps and picture is not None:
-        yield save_picture(steps, picture)
-
-
-def save_picture(steps: list[ChosenStep], path: Path) -> str:
-    """Draw what was chosen; returns what to say of it."""
-    try:
-        # Decoding does without matplotlib.
-        from self_speculation.measuring.pictures import save_choices
-    except ModuleNotFoundError as error:
-        return f"The picture of what was chosen needs {error.name}: pip install 'layerskip[bench]'."
-    save_choices(steps, path)
-    return f"what was chosen at each step: {path}"
 
 
 def describe(config: GenerationConfig, advice: Recommendation) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from self_speculation.measuring.run_log import json_object
+
 # A column's head and the style of its figures; a list is a style's several arguments.
 Columns = Mapping[str, tuple[str, str]]
 
@@ -63,23 +65,23 @@ def understood(path: Path, program: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not what {program} writes.") from error
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The file's JSON object.
 
     Raises:
         ValueError: it is something else.
     """
     try:
-        return _as_object(path.read_bytes())
+        return json_object(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON object.") from error
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The file's lines, each a JSON object; the beginning of a last one is left out: it may be being written.
 
     Raises:
@@ -89,20 +91,10 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.endswith(b"\n"):
             try:
-                found.append(_as_object(line))
+                found.append(json_object(line))
             except ValueError as error:
                 raise ValueError(f"{path}:{number} is not a JSON object.") from error
     return found
-
-
-def _as_object(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except RecursionError as error:
-        raise ValueError("Nested too deeply.") from error
-    if not isinstance(value, dict):
-        raise ValueError("Not an object.")
-    return value
 
 
 def shown(value: Any, style: str = "") -> str:

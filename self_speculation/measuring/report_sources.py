@@ -14,8 +14,8 @@ from self_speculation.measuring.report_parts import (
     PageTable,
     Section,
     all_figures,
-    json_lines,
-    json_object,
+    read_lines,
+    read_object,
     records_table,
     shown,
     understood,
@@ -88,7 +88,7 @@ def read_benchmark(folder: Path, most_answers: int) -> Section | None:
     path, log = folder / "benchmark.json", folder / "benchmark.jsonl"
     if not path.is_file():
         return None
-    document = json_object(path)
+    document = read_object(path)
     with understood(path, "benchmark"):
         strategies = {name: {"name": name} | own for name, own in document.get("strategies", {}).items()}
         tables = [records_table("Strategies", list(strategies.values()), SPEED)] if strategies else []
@@ -97,7 +97,7 @@ def read_benchmark(folder: Path, most_answers: int) -> Section | None:
                 tables.append(choice_page_table(f"What {name} chose", [Choice(**one) for one in own["choices"]]))
         tables += [all_figures(strategies)] if strategies else []
         settings = document["arguments"] | document.get("surroundings", {})
-    lines = json_lines(log) if log.is_file() else []
+    lines = read_lines(log) if log.is_file() else []
     with understood(log, "benchmark"):
         first = [line for line in lines if line["repeat"] == 0][:most_answers]
         answers = [answer for line in first for answer in measured_answers(line)]
@@ -109,8 +109,8 @@ def read_sweep(folder: Path, most_answers: int) -> Section | None:
     path, log = folder / "sweep.json", folder / "sweep.jsonl"
     if not path.is_file():
         return None
-    document = json_object(path)
-    lines = document.get("grid") or (json_lines(log) if log.is_file() else [])
+    document = read_object(path)
+    lines = document.get("grid") or (read_lines(log) if log.is_file() else [])
     with understood(path, "sweep"):
         best = document.get("best")
         summary = UNFINISHED
@@ -141,7 +141,7 @@ def read_correctness(folder: Path, most_answers: int) -> Section | None:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         return None
-    document = json_object(path)
+    document = read_object(path)
     with understood(path, "correctness"):
         verdict = "PASS" if document["is_correct"] else "FAIL"
         summary = verdict if path.name == names[0] else "Unfinished: the check was interrupted."
@@ -159,10 +159,10 @@ def read_correctness(folder: Path, most_answers: int) -> Section | None:
 def read_evaluation(folder: Path, most_answers: int) -> Section | None:
     """The newest `results_DATE.json` of lm-eval, in the folder or in a model's folder in it."""
     paths = [*folder.glob("results_*.json"), *folder.glob("*/results_*.json")]
-    path = max(paths, key=lambda path: path.name, default=None)
+    path = max((path for path in paths if path.is_file()), key=lambda path: path.name, default=None)
     if path is None:
         return None
-    document = json_object(path)
+    document = read_object(path)
     with understood(path, "eval"):
         exits = document.get("exit_layers") or {}
         tables = [records_table("Tasks", list(_metrics(document["results"])), EVALUATED)]
@@ -184,7 +184,7 @@ def read_training(folder: Path, most_answers: int) -> Section | None:
         return None
     settings, tables = {}, []
     if record.is_file():
-        document = json_object(record)
+        document = read_object(record)
         with understood(record, "train"):
             settings = dict(document["arguments"].items())
     if exits.is_file():
@@ -194,10 +194,10 @@ def read_training(folder: Path, most_answers: int) -> Section | None:
     advice, state = folder / "layerskip.json", _newest_state(folder)
     if advice.is_file():
         tables.append(
-            PageTable("Recommended", ["", ""], [[key, shown(own)] for key, own in json_object(advice).items()])
+            PageTable("Recommended", ["", ""], [[key, shown(own)] for key, own in read_object(advice).items()])
         )
     if state is not None:
-        history = json_object(state)
+        history = read_object(state)
         with understood(state, "train"):
             logged = [line for line in history["log_history"] if "loss" in line or "eval_loss" in line]
             tables.append(_folded(records_table("Log", logged[-MOST_LOGGED:], LOGGED)))
@@ -205,17 +205,18 @@ def read_training(folder: Path, most_answers: int) -> Section | None:
 
 
 def read_generation(folder: Path, most_answers: int) -> Section | None:
-    """The newest answers of `generate.jsonl`."""
-    path = folder / "generate.jsonl"
+    """The newest answers of `generate.jsonl`, and the last one's settings, where they are kept beside it."""
+    path, kept = folder / "generate.jsonl", folder / "generate_settings.json"
     if not path.is_file():
         return None
-    lines = json_lines(path)
+    lines = read_lines(path)
     first = max(0, len(lines) - most_answers)
     with understood(path, "generate"):
         answers = [
             generated_answer(line, f"Answer {first + index}") for index, line in enumerate(lines[first:], start=1)
         ]
-    return Section("generate", f"The newest {len(answers)} of {len(lines)} answers.", answers=answers)
+    settings = read_object(kept) if kept.is_file() else {}
+    return Section("generate", f"The newest {len(answers)} of {len(lines)} answers.", settings, answers=answers)
 
 
 READERS: tuple[Reader, ...] = (

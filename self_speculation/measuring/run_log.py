@@ -98,7 +98,7 @@ class RunLog:
 
     def _parsed(self, number: int, content: bytes, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
         try:
-            return parse(_json_object(content))
+            return parse(json_object(content))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"{self.log}:{number} is damaged; delete that line, and --resume True does its work again."
@@ -116,7 +116,7 @@ class RunLog:
     def _arguments(self) -> dict[str, Any]:
         """What the run that is there was begun with."""
         try:
-            document = _json_object(self.document.read_bytes())
+            document = json_object(self.document.read_bytes())
             return dict(document["arguments"].items())
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{self.document} is damaged; without --resume the run is begun anew.") from error
@@ -149,8 +149,8 @@ def set_aside(folder: Path, name: str) -> None:
             path.rename(path.with_stem(f"{path.stem}.{number}"))
 
 
-def _json_object(content: bytes) -> dict[str, Any]:
-    """A JSON object; raises ValueError if it is anything else."""
+def json_object(content: bytes) -> dict[str, Any]:
+    """What a file's content is as a JSON object; raises ValueError if it is anything else."""
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -95,8 +95,11 @@ def test_an_answer_is_coloured_by_who_produced_each_token(run_script: Run, logs:
 
 def test_nothing_from_a_file_is_markup_and_nothing_is_fetched(run_script: Run, logs: Path) -> None:
     (logs / "generate.jsonl").write_text(ANSWER)
+    (logs / "generate_settings.json").write_text(json.dumps({"prompt": EVIL, "stop_words": ["<b>"], "top_p": 0.9}))
     run_script(report.main, logs)
     page = Page(logs / "report.html")
+    assert {"top_p", "0.9"} <= set(page.texts["td"])
+    assert '["<b>"]' in page.texts["td"]
     assert "\n" + EVIL.replace("\u202e", "\ufffd") in page.texts["pre"]
     assert not {"script", "b", "i", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     addresses = [own.get(name) for _, own in page.elements for name in ("src", "href") if name in own]
@@ -149,6 +152,11 @@ def test_runs_that_have_only_begun(run_script: Run, logs: Path, capsys: pytest.C
         ({}, ["--folder", "nowhere"], "error: --folder: nowhere is not a folder."),
         ({"benchmark.json": "[]"}, [], "error: logs/benchmark.json is not a JSON object."),
         ({"benchmark.json": "{}"}, [], "error: logs/benchmark.json is not what benchmark writes."),
+        (
+            {"benchmark.json": json.dumps({"arguments": {}, "strategies": {"a": {"tokens_per_second": 10**400}}})},
+            [],
+            "error: logs/benchmark.json is not what benchmark writes.",
+        ),
         ({"sweep.json": '{"arguments": {}, "final": 3}'}, [], "error: logs/sweep.json is not what sweep writes."),
         ({"correctness.json": "{}"}, [], "error: logs/correctness.json is not what correctness writes."),
         ({"results_1.json": '{"results": 1}'}, [], "error: logs/results_1.json is not what eval writes."),
