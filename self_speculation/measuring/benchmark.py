@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
-from self_speculation.measuring.choices import choices, measured_steps
+from self_speculation.measuring.choices import choices
 from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
-from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
+from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures, measured_steps
 from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.measurements import Measurement, Round, list_size

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from self_speculation.decoding.cell import Cell, Source
-from self_speculation.generator_base import RowStep
-from self_speculation.measuring.measurements import Measurement, ratio
+from self_speculation.decoding.request import RowStep
 
 # How a source's steps are called in a sentence.
 NAMES = {Source.EXIT: "drafts by exits", Source.LOOKUP: "drafts by lookup", Source.NONE: "no drafts"}
@@ -36,7 +35,7 @@ class Choice:
 
     @classmethod
     def of(cls, source: Source, cell: Cell | None, steps: Sequence[ChosenStep], num_all: int) -> "Choice":
-        """Of these steps, among so many."""
+        """Of these steps, at least one, among so many."""
         exit_layer, num_speculations = cell or (None, None)
         drafted = sum(step.drafted for step in steps)
         return cls(
@@ -44,8 +43,8 @@ class Choice:
             exit_layer=exit_layer,
             num_speculations=num_speculations,
             steps=len(steps),
-            share_of_steps=ratio(len(steps), num_all),
-            tokens_per_step=ratio(sum(step.tokens for step in steps), len(steps)),
+            share_of_steps=len(steps) / num_all,
+            tokens_per_step=sum(step.tokens for step in steps) / len(steps),
             acceptance_rate=sum(step.accepted for step in steps) / drafted if drafted else None,
         )
 
@@ -63,15 +62,6 @@ def chosen_steps(steps: Iterable[RowStep]) -> list[ChosenStep]:
     """Of an answer; nothing where no policy chose."""
     return [
         ChosenStep(Cell(*step.cell), len(step.drafted), step.accepted, len(step.tokens)) for step in steps if step.cell
-    ]
-
-
-def measured_steps(measurements: Iterable[Measurement]) -> list[ChosenStep]:
-    """Of answers that were measured; nothing where no policy chose."""
-    return [
-        ChosenStep(Cell(*cell), *counts)
-        for one in measurements
-        for cell, *counts in zip(one.cells, one.drafted, one.accepted, one.committed, strict=False)
     ]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from self_speculation.measuring.choices import Choice
+from self_speculation.decoding.cell import Cell
+from self_speculation.measuring.choices import Choice, ChosenStep
 from self_speculation.measuring.measurements import Measurement, Round, ratio
 
 
@@ -188,6 +189,15 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """Both, side by side."""
         return self.totals.as_json() | self.speedup.as_json()
+
+
+def measured_steps(measurements: Iterable[Measurement]) -> list[ChosenStep]:
+    """The steps of answers for which a policy chose; nothing where none did."""
+    return [
+        ChosenStep(Cell(*cell), *counts)
+        for one in measurements
+        for cell, *counts in zip(one.cells, one.drafted, one.accepted, one.committed, strict=False)
+    ]
 
 
 def acceptance_by_position(measurements: list[Measurement]) -> list[float]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from self_speculation.decoding.cell import Cell, Source
 from self_speculation.generator_base import GenerationResult, RowStep
-from self_speculation.measuring.choices import Choice, ChosenStep, choices, chosen_steps, measured_steps
-from self_speculation.measuring.figures import Counts
+from self_speculation.measuring.choices import Choice, ChosenStep, choices, chosen_steps
+from self_speculation.measuring.figures import Counts, measured_steps
 from self_speculation.measuring.measurements import Measurement, Round
 from self_speculation.measuring.pictures import choices_png
 from self_speculation.measuring.report_parts import Columns, PageTable, ShownAnswer, ShownStep, records_table

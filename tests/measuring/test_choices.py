@@ -14,7 +14,8 @@ from self_speculation.decoding.cell import FREE, Cell, Source
 from self_speculation.decoding.request import RowStep
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
-from self_speculation.measuring.choices import Choice, ChosenStep, choices, chosen_steps, measured_steps, sentence
+from self_speculation.measuring.choices import Choice, ChosenStep, choices, chosen_steps, sentence
+from self_speculation.measuring.figures import measured_steps
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import Probes
 from self_speculation.measuring.report_sources import read_sections
