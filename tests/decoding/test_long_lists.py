@@ -88,6 +88,14 @@ def test_compiled(
     assert kept(generator.generate(prompts, config, batch_size=BATCH_SIZE)) == kept(expected)
 
 
+def test_exact(prompts: list[list[int]], config: GenerationConfig, model: LlamaForCausalLM, tokenizer: object) -> None:
+    """Kernels of our own read a prompt into its row of the cache."""
+    generator = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
+    expected = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model)).generate(prompts, config)
+    config = dataclasses.replace(config, exact=True)
+    assert kept(generator.generate(prompts, config, batch_size=BATCH_SIZE)) == kept(expected)
+
+
 def test_adaptive(
     prompts: list[list[int]], config: GenerationConfig, model: LlamaForCausalLM, tokenizer: object
 ) -> None:
