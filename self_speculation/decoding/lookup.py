@@ -38,12 +38,13 @@ class Lookup:
             self.tokens.append(token)
 
     def draft(self, most: int) -> FreeDraft:
-        """At most so many tokens, after the longest match; of equals, the latest."""
+        """So many tokens, after the longest match; of equals, the latest. What is known goes on in a circle."""
         places = self.ends.get(tuple(self.tokens[-LEAST_MATCH:]), [])[-PLACES:]
         if not places:
             return NOTHING
         match, end = max((self._match(end), end) for end in places)
-        return FreeDraft(self.tokens[end : end + most], match)
+        known = self.tokens[end:]
+        return FreeDraft((known * -(-most // len(known)))[:most], match)
 
     def _match(self, end: int) -> int:
         """How many tokens before a place are the row's last ones."""

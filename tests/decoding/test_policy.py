@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.adaptive_step import evened_out
 from self_speculation.decoding.cell import FREE, Cell
@@ -140,14 +139,14 @@ def test_the_estimate_is_a_number_from_the_beginning() -> None:
 @pytest.mark.parametrize(
     ("tokens", "most", "draft", "match"),
     [
-        ([1, 2, 3, 4, 1, 2, 3], 8, [4, 1, 2, 3], 3),
+        ([1, 2, 3, 4, 1, 2, 3], 6, [4, 1, 2, 3, 4, 1], 3),
         ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1], 3),
         ([1, 2, 3, 4, 1, 2], 8, [], 0),
         # The longest match, though another one is later.
         ([7, 1, 2, 3, 4, 9, 1, 2, 3, 5, 7, 1, 2, 3], 1, [4], 4),
         # Of equals, the latest.
         ([8, 1, 2, 3, 4, 9, 1, 2, 3, 5, 7, 1, 2, 3], 1, [5], 3),
-        ([6, 6, 6, 6, 6], 3, [6], 4),
+        ([6, 6, 6, 6, 6], 3, [6, 6, 6], 4),
         ([], 8, [], 0),
     ],
 )
@@ -227,13 +226,11 @@ def test_answers_are_autoregressive_decodings(
     policy: type[Policy],
     make_model: MakeModel,
     answer: Callable[..., list[list[int]]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever is chosen, alone and in ragged batches, up to the end of the context, and at stops within a draft."""
     random.seed(3)
-    monkeypatch.setattr(self_speculation_generator, "Policy", policy)
     model = make_model()
-    strategy, fields = AdaptiveStrategy(model), sampling | {"exact": exact}
+    strategy, fields = AdaptiveStrategy(model, policy), sampling | {"exact": exact}
     baseline = AutoregressiveStrategy(model)
     for prompts in (prompts_of(*LENGTHS), prompts_of(250), prompts_of(3), [prompts_of(9)[0] * 4]):
         expected = answer(baseline, prompts, **fields, exit_layer=None)
@@ -243,9 +240,7 @@ def test_answers_are_autoregressive_decodings(
             assert answer(strategy, prompts, **fields, **stops, draft_vocab=150) == expected
 
 
-def test_an_exit_adapter_keeps_up(
-    make_model: MakeModel, answer: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exit_adapter_keeps_up(make_model: MakeModel, answer: Callable[..., list[list[int]]]) -> None:
     """It has cached every token, also after steps without drafts: then a copy of the model drafts nothing wrong."""
     model = make_model(num_hidden_layers=3)
     adapter = ExitAdapter.of(model, 2).eval()
@@ -264,13 +259,12 @@ def test_an_exit_adapter_keeps_up(
             cells.append(cell)
             assert cell.exit_layer == FREE or list(drafted) == list(accepted)
 
-    monkeypatch.setattr(self_speculation_generator, "Policy", Alternating)
-    assert answer(AdaptiveStrategy(model), prompts_of(5, 30), exit_layer=1) == expected
+    assert answer(AdaptiveStrategy(model, Alternating), prompts_of(5, 30), exit_layer=1) == expected
     assert {cell.num_speculations for cell in cells} == {0, 1, 2}
     # With drafts that cost nothing in between, of which the adapter's cache must know, too.
     [prompt] = prompts_of(8)
     repeated = prompt * 3
-    assert answer(AdaptiveStrategy(model), [repeated]) == answer(
+    assert answer(AdaptiveStrategy(model, Alternating), [repeated]) == answer(
         AutoregressiveStrategy(model), [repeated], exit_layer=None
     )
     assert FREE in {cell.exit_layer for cell in cells}
