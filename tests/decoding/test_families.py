@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import NUM_LAYERS, WINDOW, make_family
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -24,7 +25,6 @@ from self_speculation.measuring.ceiling import WeightBytes
 from self_speculation.measuring.equivalence import CellReport, EquivalenceCheck
 from self_speculation.measuring.rivals import HuggingfaceStrategy
 from self_speculation.self_speculation_generator import AdaptiveStrategy, SelfSpeculativeStrategy
-from tests.families import NUM_LAYERS, WINDOW, make_family
 
 EXIT_LAYER, DRAFTS = 2, 3
 CELLS = [(exit_layer, drafts) for exit_layer in range(1, NUM_LAYERS) for drafts in (1, 4)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import NUM_LAYERS, make_family
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,6 @@ from self_speculation.training.exit_measures import exit_sums
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout, kept_rows
 from self_speculation.training.models import TrainedModelArguments, model_to_train
 from self_speculation.training.trainer import LayerSkipTrainer
-from tests.families import NUM_LAYERS, make_family
 
 MakeTrainer = Callable[..., LayerSkipTrainer]
 EXITS = tuple(range(1, NUM_LAYERS + 1))

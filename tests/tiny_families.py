@@ -1,9 +1,8 @@
 """A tiny random model of each family, in float64, with what is special in it turned on."""
 
 import torch
+from perturbing import perturbed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from tests.perturbing import perturbed
 
 WINDOW = 4
 NUM_LAYERS = 4
