@@ -67,9 +67,22 @@ SPECIAL: dict[str, dict[str, object]] = {
     },
 }
 
+# Of two layers, that are not of one kind where the family has several.
+SHORT: dict[str, dict[str, object]] = {
+    "qwen2": {"max_window_layers": 1},
+    "qwen3": {"layer_types": MIXED[:2]},
+    "gemma3_text": {"layer_types": MIXED[:2]},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
 
 def make_family(family: str, **overrides: object) -> PreTrainedModel:
     """The family's tiny model, of which fields of the configuration override others."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **TINY | SPECIAL[family] | overrides)
     return perturbed(AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval())
+
+
+def make_short(family: str) -> PreTrainedModel:
+    """The same with two layers."""
+    return make_family(family, num_hidden_layers=2, **SHORT.get(family, {}))
