@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
@@ -33,6 +27,7 @@ from self_speculation.adapter_config import (
     read_adapter_config,
 )
 from self_speculation.exit_adapter import EXIT_ADAPTER_FILE, base_of, has_exit_adapter, read_exit_adapter
+from self_speculation.families import is_decoder
 from self_speculation.pretrained import Pretrained, is_finite
 
 GGUF_SUFFIX = ".gguf"
@@ -246,7 +241,7 @@ class ExitAdapterCheckpoint(Pretrained):
             ValueError: a tensor of the adapter is missing, unknown, misshapen or not finite; or the base is damaged.
         """
         base = replace(self.base, options=self.options | self.base.options).model()
-        if isinstance(base, LlamaForCausalLM):  # Others are refused later on.
+        if is_decoder(base):  # Others are refused later on.
             read_exit_adapter(base, Path(self.name))
         base.config.name_or_path = base.name_or_path = self.name
         return base

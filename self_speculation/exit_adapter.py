@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers import PreTrainedModel
 
 EXIT_ADAPTER_FILE = "exit_adapter.json"
 WEIGHTS_FILE = "exit_adapter.safetensors"
@@ -35,7 +34,7 @@ class ExitAdapter(nn.Module):
         self.exit_layer = exit_layer
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM, exit_layer: int) -> "ExitAdapter":
+    def of(cls, model: PreTrainedModel, exit_layer: int) -> "ExitAdapter":
         """The start of training: a copy of the layer that follows the exit, and of the final norm."""
         num_layers = model.config.num_hidden_layers
         if not 1 <= exit_layer < num_layers:
@@ -73,19 +72,19 @@ def base_of(folder: Path) -> str | None:
     return base
 
 
-def exit_norm(model: LlamaForCausalLM, exit_layer: int) -> nn.Module:
+def exit_norm(model: PreTrainedModel, exit_layer: int) -> nn.Module:
     """What stands between an exit's states and the LM head: the adapter's norm, or the model's own."""
     adapter = exit_adapter(model, exit_layer)
     return model.model.norm if adapter is None else adapter.norm
 
 
-def exit_adapter(model: LlamaForCausalLM, exit_layer: int) -> ExitAdapter | None:
+def exit_adapter(model: PreTrainedModel, exit_layer: int) -> ExitAdapter | None:
     """The model's adapter, if it has one at this exit."""
     adapter = vars(model)["_modules"].get(ATTRIBUTE)
     return adapter if isinstance(adapter, ExitAdapter) and adapter.exit_layer == exit_layer else None
 
 
-def read_exit_adapter(model: LlamaForCausalLM, folder: Path) -> None:
+def read_exit_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Give the model the adapter that lies in the folder, in the model's dtype and on its device.
 
     Raises:
@@ -104,10 +103,14 @@ def read_exit_adapter(model: LlamaForCausalLM, folder: Path) -> None:
     model.add_module(ATTRIBUTE, adapter.requires_grad_(False))
 
 
-def _empty(model: LlamaForCausalLM, exit_layer: int) -> ExitAdapter:
-    """An adapter whose tensors are still to be read, like the model's norm in dtype and device."""
-    layer = LlamaDecoderLayer(model.config, model.config.num_hidden_layers)
-    norm = LlamaRMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
+def _empty(model: PreTrainedModel, exit_layer: int) -> ExitAdapter:
+    """An adapter whose tensors are still to be read, like the model's norm in dtype and device.
+
+    Its layer is of the same kind as the model's own behind the exit.
+    """
+    layer = type(model.model.layers[exit_layer])(model.config, exit_layer)
+    layer.self_attn.layer_idx = model.config.num_hidden_layers
+    norm = type(model.model.norm)(model.config.hidden_size, model.config.rms_norm_eps)
     weight = model.model.norm.weight
     device = torch.device("cpu") if weight.is_meta else weight.device
     return ExitAdapter(layer, norm, exit_layer).to(device, weight.dtype).eval()

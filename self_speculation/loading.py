@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizer
 from self_speculation.adapter_config import file_beside
 from self_speculation.checkpoint_kinds import checkpoint
 from self_speculation.decoding.config import MOST_SPECULATIONS
-from self_speculation.decoding.early_exit import check_supported
 from self_speculation.decoding.generation_defaults import check_defaults, ignore_defaults
+from self_speculation.families import another_family, choose_attention, is_decoder
 from self_speculation.masking import masked, without_secrets_of
 from self_speculation.pretrained import DamagedCheckpointError
 from self_speculation.settings import Settings, setting
@@ -101,8 +101,8 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
-        ValueError: no such model, no weights or damaged ones, no access, a model that cannot exit early, or defaults
-            of generation that cannot be honoured.
+        ValueError: no such model, no weights or damaged ones, no access, or defaults of generation that cannot be
+            honoured. Strategies that cut the model at a layer refuse by themselves one that cannot be.
     """
     options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     _check_trust(arguments.model, options)
@@ -117,7 +117,10 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     # What reads the files of a checkpoint raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
         raise ValueError(_loading_sentence(arguments, error)) from error
-    check_supported(model)
+    if is_decoder(model):
+        choose_attention(model)
+    elif getattr(model.config, "max_position_embeddings", None) is None:
+        raise another_family(model)  # Nor is there a context, which every strategy asks for.
     source.check_vocabulary(model, tokenizer)
     if arguments.ignore_generation_config:
         ignore_defaults(model.generation_config)

@@ -22,6 +22,7 @@ from self_speculation.decoding.session import EagerStep, Session, Step
 from self_speculation.decoding.step import EagerPasses, StepPlan
 from self_speculation.decoding.verification import CoupledRule, GreedyRule, SamplingRule, VerificationRule
 from self_speculation.decoding.width_invariant import WidthInvariantKernels, why_not
+from self_speculation.families import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
 
 
@@ -30,11 +31,15 @@ class StepwiseStrategy(GenerationStrategy):
 
     `backend` is torch.compile's, for steps that are compiled. A plain Llama on a CPU needs none, unless one is given:
     what is compiled for it is one library that runs its passes. One generation at a time.
+
+    Raises:
+        ValueError: the model cannot be cut at a layer.
     """
 
     keeps_batches_full = True
 
     def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] | None = None) -> None:
+        check_supported(model)
         super().__init__(model)
         self.compiled_steps = CompiledSteps(model, backend or BACKEND)
         self.takes_own_kernels = backend is None

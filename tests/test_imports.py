@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "self_speculation"
 # Houses from the ground up; those of one rank know nothing of each other. A house is a folder, or a file named here.
 RANKS = (
-    f"{PACKAGE}.adapter_config {PACKAGE}.log_levels {PACKAGE}.masking {PACKAGE}.settings",
+    f"{PACKAGE}.adapter_config {PACKAGE}.families {PACKAGE}.log_levels {PACKAGE}.masking {PACKAGE}.settings",
     f"{PACKAGE}.exit_adapter {PACKAGE}.pretrained",
     f"{PACKAGE}.checkpoint_kinds",
     f"{PACKAGE}.decoding {PACKAGE}.training {PACKAGE}.prompts",

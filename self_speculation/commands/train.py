@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from transformers import LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.commands.training_sets import Sizes, TrainingSets, all_texts, training_sets
@@ -93,7 +93,7 @@ def rendezvous_seconds(args: list[str]) -> int:
 
 
 def make_trainer(
-    model: LlamaForCausalLM, datasets: TrainingSets, layerskip: LayerSkipArguments, training: TrainingArguments
+    model: PreTrainedModel, datasets: TrainingSets, layerskip: LayerSkipArguments, training: TrainingArguments
 ) -> LayerSkipTrainer:
     """The trainer; says how much there is to train, and on what."""
     blocks, held_out = datasets

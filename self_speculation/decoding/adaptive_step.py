@@ -18,7 +18,7 @@ from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import FREE, Cell
-from self_speculation.decoding.early_exit import embed, num_caches, token_device
+from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.kernels import forward_remainder
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import Policy
@@ -26,6 +26,7 @@ from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, StepOutcome, speculative_step
 from self_speculation.decoding.verification import VerificationRule
+from self_speculation.families import embed
 
 # The draft lengths to choose from.
 DRAFTS = (0, 1, 2, 3, 4, 6, 8)

@@ -1,6 +1,7 @@
 """The position-addressed KV cache that drafting and verification share (section 4.3 of the paper).
 
-A layer writes keys and values at the positions it is given; a query at position i sees the keys at positions ≤ i.
+A layer writes keys and values at the positions it is given; a query at position i sees the keys at positions ≤ i (in
+a layer with a sliding window the last of them: a window counts positions, and every layer's cache is whole).
 Entries past a row's length are stale: no query sees them, and the next step overwrites them, so rejecting a draft
 costs nothing.
 
@@ -71,8 +72,7 @@ class PositionAddressedCache:
         """
         rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
         is_causal = self.is_prefill and positions_BT.shape[1] > 1
-        mask_B1TW = None if is_causal else self.positions_W <= positions_BT[:, None, :, None]
-        return CacheAccess(self, rows_B1, positions_BT, mask_B1TW)
+        return CacheAccess(self, rows_B1, positions_BT, is_causal)
 
     def buffers(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values; made now, to hold what looks like these (B, H, T, K), if it has none yet."""
@@ -127,12 +127,22 @@ class RowOfCache(PositionAddressedCache):
 
 @dataclass(frozen=True)
 class CacheAccess:
-    """One pass's access: the rows (B, 1) and positions (B, T) that it writes, and the mask of what it reads."""
+    """One pass's access: the rows (B, 1) and positions (B, T) that it writes, and what each of them sees."""
 
     cache: PositionAddressedCache
     rows_B1: Tensor
     positions_BT: Tensor
-    mask_B1TW: Tensor | None
+    is_causal: bool
+
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """The keys that each position sees, (B, 1, T, W); None where `sdpa` is right by itself."""
+        if self.is_causal and not _is_longer(self.positions_BT, window):
+            return None
+        return self.whole_mask(window)
+
+    def whole_mask(self, window: int | None = None) -> Tensor:
+        """The keys that each position sees, (B, 1, T, W)."""
+        return visible_keys(self.positions_BT, self.cache.positions_W, window)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, T, K) at the positions; returns the visible prefix (B, H, W, K).
@@ -147,16 +157,43 @@ class CacheAccess:
         return keys_BHCK[:, :, :visible], values_BHCK[:, :, :visible]
 
 
-@dataclass(frozen=True)
 class Uncached:
-    """No cache: positions start at 0 and see those of their own pass, where `sdpa` is causal by itself."""
+    """No cache: positions start at 0 and see those of their own pass."""
 
-    mask_B1TW: None = None
+    def access(self, positions_BT: Tensor) -> "OwnAccess":
+        """What each of the positions sees."""
+        return OwnAccess(positions_BT)
 
-    def access(self, positions_BT: Tensor) -> "Uncached":
-        """The same for all positions."""
-        return self
+
+@dataclass(frozen=True)
+class OwnAccess:
+    """The access of a pass that has nothing but its own positions (B, T), where `sdpa` is causal by itself."""
+
+    positions_BT: Tensor
+
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """The keys that each position sees, (B, 1, T, T); None where `sdpa` is right by itself."""
+        return self.whole_mask(window) if _is_longer(self.positions_BT, window) else None
+
+    def whole_mask(self, window: int | None = None) -> Tensor:
+        """The keys that each position sees, (B, 1, T, T)."""
+        return visible_keys(self.positions_BT, self.positions_BT[0], window)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
         """The pass's own keys and values."""
         return key_states, value_states
+
+
+def visible_keys(positions_BT: Tensor, keys_W: Tensor, window: int | None) -> Tensor:
+    """Which keys, at their positions (W), are seen from each position, (B, 1, T, W).
+
+    A query at position i sees the keys at j ≤ i; with a window at i − window < j ≤ i.
+    """
+    positions_B1T1 = positions_BT[:, None, :, None]
+    mask_B1TW = keys_W <= positions_B1T1
+    return mask_B1TW if window is None else mask_B1TW & (keys_W > positions_B1T1 - window)
+
+
+def _is_longer(positions_BT: Tensor, window: int | None) -> bool:
+    """Whether a pass that begins at position 0 goes on past a window."""
+    return window is not None and positions_BT.shape[1] > window

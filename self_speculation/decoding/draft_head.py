@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.adapter_config import file_beside
 from self_speculation.decoding.fused_layers import linear, weight_version
+from self_speculation.families import LogitsFunction, logits_function
 
 COUNTS_FILE = "token_counts.npy"
 MOST_COUNTED = 2**63 - 1
@@ -25,15 +26,19 @@ MOST_COUNTED = 2**63 - 1
 
 @dataclass(frozen=True, eq=False)
 class DraftHead:
-    """The rows (N, D) of the LM head that belong to the tokens (N), which ascend; `source` is the whole head."""
+    """The rows (N, D) of the LM head that belong to the tokens (N), which ascend; `source` is the whole head.
+
+    `function` is what the model's family does to the head's product.
+    """
 
     rows_ND: Tensor
     tokens_N: Tensor
     source: Tensor
     version: int
+    function: LogitsFunction
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM, num_tokens: int) -> "DraftHead":
+    def of(cls, model: PreTrainedModel, num_tokens: int) -> "DraftHead":
         """The head for the `num_tokens` most frequent tokens, by the counts beside the checkpoint.
 
         Raises:
@@ -47,16 +52,17 @@ class DraftHead:
             raise ValueError(f"--draft_vocab needs a plain LM head, and this model's is a {type(head).__name__}.")
         tokens_N = token_order(model.name_or_path or "", vocabulary)[:num_tokens].sort().values
         tokens_N = tokens_N.to(head.weight.device)
-        return cls(head.weight.data[tokens_N], tokens_N, head.weight, weight_version(head.weight))
+        rows_ND = head.weight.data[tokens_N]
+        return cls(rows_ND, tokens_N, head.weight, weight_version(head.weight), logits_function(model))
 
-    def is_of(self, model: LlamaForCausalLM, num_tokens: int) -> bool:
+    def is_of(self, model: PreTrainedModel, num_tokens: int) -> bool:
         """Whether the model's head still is what the rows were read from."""
         weight = model.lm_head.weight
         return len(self.tokens_N) == num_tokens and weight is self.source and weight_version(weight) == self.version
 
     def logits(self, normed_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) of an exit's hidden states behind their norm."""
-        return self.spread(linear(normed_BTD, self.rows_ND))
+        return self.spread(self.function(linear(normed_BTD, self.rows_ND)))
 
     def spread(self, logits_BTN: Tensor) -> Tensor:
         """The logits of these tokens among those (B, T, V) of all others, which are −∞."""
@@ -67,7 +73,7 @@ class DraftHead:
 class DraftHeads:
     """A model's draft heads: the last one asked for is kept, and made anew when the model's head has changed."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.last: DraftHead | None = None
 

@@ -1,4 +1,4 @@
-"""A Llama model cut at a layer (section 4.2 of the paper).
+"""A model cut at a layer (section 4.2 of the paper).
 
 `run_layers` runs any of its layers, `exit_logits` the final norm and LM head that all exits share; `forward_adapter`
 runs an exit adapter, where a model has one. This is the only file that knows how transformers calls a decoder layer.
@@ -9,7 +9,7 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.fused_layers import KeyValueAccess, SharedInputs, fused_layer, is_summed, linear
 from self_speculation.exit_adapter import ExitAdapter
+from self_speculation.families import LayerKind, embed, family_of, logits_function
 
 if TYPE_CHECKING:
     from self_speculation.decoding.draft_head import DraftHead
-
-ROPE_PER_CALL = ("dynamic", "longrope")
 
 
 class KeyValueStore(Protocol):
@@ -32,25 +31,7 @@ class KeyValueStore(Protocol):
         """What a pass over these positions may read and write."""
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse a model whose layers could not be cut and cached by position; switch its attention to `sdpa`.
-
-    Raises:
-        ValueError: another family than Llama, or rotary frequencies that depend on the longest position of a call.
-    """
-    if not isinstance(model, LlamaForCausalLM):
-        raise ValueError(f"--model is a {type(model).__name__}: only Llama models (LlamaForCausalLM) can exit early.")
-    rope_type = (model.config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type in ROPE_PER_CALL:
-        raise ValueError(
-            f"--model uses {rope_type!r} RoPE scaling, whose frequencies change with the length of each call; "
-            "drafting and verification would disagree."
-        )
-    if model.config._attn_implementation != "sdpa":
-        model.set_attn_implementation("sdpa")
-
-
-def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
+def check_exit_layer(exit_layer: int | None, model: PreTrainedModel) -> int:
     """The exit layer, if the model has it."""
     num_layers = model.config.num_hidden_layers
     if exit_layer is None or not 1 <= exit_layer <= num_layers:
@@ -58,68 +39,82 @@ def check_exit_layer(exit_layer: int | None, model: LlamaForCausalLM) -> int:
     return exit_layer
 
 
-def token_device(model: LlamaForCausalLM) -> torch.device:
+def token_device(model: PreTrainedModel) -> torch.device:
     """Where tokens live: with the embeddings, or on the CPU while those are offloaded."""
     device = model.model.embed_tokens.weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def num_caches(model: LlamaForCausalLM) -> int:
+def num_caches(model: PreTrainedModel) -> int:
     """How many layers cache keys and values: the model's, and its exit adapter's."""
     return len(model.model.layers) + sum(isinstance(module, ExitAdapter) for module in model.children())
 
 
-def embed(model: LlamaForCausalLM, tokens_BT: Tensor) -> Tensor:
-    """x_0 (B, T, D) of the tokens."""
-    return model.model.embed_tokens(tokens_BT)
-
-
 def run_layers(
-    model: LlamaForCausalLM, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore
+    model: PreTrainedModel, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore
 ) -> Tensor:
     """Run the given layers over hidden states at the given positions, reading and writing the cache."""
-    modules = [model.model.layers[layer] for layer in layers]
+    modules = [(layer, model.model.layers[layer]) for layer in layers]
     return _run(model, hidden_BTD, modules, positions_BT, cache) if modules else hidden_BTD
 
 
 def _run(
-    model: LlamaForCausalLM, hidden_BTD: Tensor, layers: list[nn.Module], positions_BT: Tensor, cache: KeyValueStore
+    model: PreTrainedModel,
+    hidden_BTD: Tensor,
+    layers: Sequence[tuple[int, nn.Module]],
+    positions_BT: Tensor,
+    cache: KeyValueStore,
 ) -> Tensor:
-    access = cache.access(positions_BT)
-    position_embeddings = model.model.rotary_emb(hidden_BTD, position_ids=positions_BT)
-    num_heads = model.config.num_attention_heads
-    num_groups = num_heads // (model.config.num_key_value_heads or num_heads)
-    shared = SharedInputs.of(position_embeddings, access.mask_B1TW, num_groups)
-    for layer in layers:
-        fused = fused_layer(layer)
-        if fused is not None:
-            hidden_BTD = fused(hidden_BTD, shared, access)
+    """Run layers one after the other, each of which comes with the number of one of the model's layers of its kind."""
+    access, kind_of = cache.access(positions_BT), family_of(model).kind
+    inputs: dict[LayerKind, dict[str, Any]] = {}
+    shared: dict[LayerKind, SharedInputs] = {}
+    for number, layer in layers:
+        kind, fused = kind_of(model.config, number), fused_layer(layer)
+        if kind not in inputs:
+            inputs[kind] = _inputs(model, kind, hidden_BTD, access)
+        own = inputs[kind]
+        if fused is None:
+            hidden_BTD = layer(hidden_BTD, **own)
             continue
-        hidden_BTD = layer(
-            hidden_BTD,
-            attention_mask=access.mask_B1TW,
-            position_ids=positions_BT,
-            past_key_values=access,
-            use_cache=True,
-            position_embeddings=position_embeddings,
-        )
+        if kind not in shared:
+            shared[kind] = SharedInputs.of(own["position_embeddings"], own["attention_mask"], fused.num_groups)
+        hidden_BTD = fused(hidden_BTD, shared[kind], access)
     return hidden_BTD
 
 
-def exit_logits(model: LlamaForCausalLM, hidden_BTD: Tensor) -> Tensor:
+def _inputs(model: PreTrainedModel, kind: LayerKind, hidden_BTD: Tensor, access: KeyValueAccess) -> dict[str, Any]:
+    """What layers of a kind take in a pass, besides hidden states."""
+    named = {} if kind.rotary is None else {"layer_type": kind.rotary}
+    if family_of(model).attention == "sdpa":
+        mask_B1TW = access.mask(kind.window)
+    else:  # Others add their mask to the scores, and are not causal by themselves.
+        hidden = torch.full((), float("-inf"), dtype=hidden_BTD.dtype, device=access.positions_BT.device)
+        mask_B1TW = torch.where(access.whole_mask(kind.window), 0.0, hidden)
+    return {
+        "attention_mask": mask_B1TW,
+        "position_ids": access.positions_BT,
+        "past_key_values": access,
+        "use_cache": True,
+        "position_embeddings": model.model.rotary_emb(hidden_BTD, position_ids=access.positions_BT, **named),
+    }
+
+
+def exit_logits(model: PreTrainedModel, hidden_BTD: Tensor) -> Tensor:
     """Logits (B, T, V) of hidden states that leave any layer: the final norm and the LM head."""
     return head_logits(model, model.model.norm(hidden_BTD))
 
 
-def head_logits(model: LlamaForCausalLM, normed_BTD: Tensor) -> Tensor:
-    """Logits (B, T, V) of hidden states behind a norm: the LM head alone."""
-    if is_summed(normed_BTD) and type(model.lm_head) is nn.Linear and model.lm_head.bias is None:
-        return linear(normed_BTD, model.lm_head.weight)
-    return model.lm_head(normed_BTD)
+def head_logits(model: PreTrainedModel, normed_BTD: Tensor) -> Tensor:
+    """Logits (B, T, V) of hidden states behind a norm: the LM head, and what the model's family does to its product."""
+    head = model.lm_head
+    is_plain = type(head) is nn.Linear and head.bias is None
+    product_BTV = linear(normed_BTD, head.weight) if is_summed(normed_BTD) and is_plain else head(normed_BTD)
+    return logits_function(model)(product_BTV)
 
 
 def forward_adapter(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     adapter: ExitAdapter,
     exit_states_BTD: Tensor,
     positions_BT: Tensor,
@@ -130,14 +125,14 @@ def forward_adapter(
 
 
 def run_adapter_layer(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     adapter: ExitAdapter,
     exit_states_BTD: Tensor,
     positions_BT: Tensor,
     cache: KeyValueStore,
 ) -> Tensor:
     """What leaves an exit adapter's layer (B, T, D), before its norm."""
-    return _run(model, exit_states_BTD, [adapter.layer], positions_BT, cache)
+    return _run(model, exit_states_BTD, [(adapter.exit_layer, adapter.layer)], positions_BT, cache)
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ class TorchKernels:
         return head_logits(self.model, normed_BTD) if draft_head is None else draft_head.logits(normed_BTD)
 
 
-def forward_exits(model: LlamaForCausalLM, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:
+def forward_exits(model: PreTrainedModel, tokens_BT: Tensor, exit_layers: Sequence[int]) -> Iterator[Tensor]:
     """Hidden states (B, T, D) at each of the exit layers, which ascend: one pass without a cache, as far as the last.
 
     Rows start at position 0 and are padded on the right.

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
@@ -26,11 +25,17 @@ PLAIN_MODULES = {LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.L
 
 
 class KeyValueAccess(Protocol):
-    """What one pass may read and write."""
+    """What one pass over some positions (B, T) may read and write."""
 
     @property
-    def mask_B1TW(self) -> Tensor | None:  # noqa: N802 (a shape)
-        """The keys that each position sees; None where `sdpa` is causal by itself."""
+    def positions_BT(self) -> Tensor:  # noqa: N802 (a shape)
+        """The positions."""
+
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """The keys that each position sees, (B, 1, T, W); None where `sdpa` is right by itself."""
+
+    def whole_mask(self, window: int | None = None) -> Tensor:
+        """The same where `sdpa` is not asked."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, T, K) of a layer; returns those that its queries read, (B, H, W, K)."""
@@ -168,7 +173,7 @@ def _attend_by_sums(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -
     return (scores.softmax(-1)[..., None] * values[:, :, None]).sum(-2).to(mask.dtype)
 
 
-def fuse(model: LlamaForCausalLM) -> None:
+def fuse(model: nn.Module) -> None:
     """Fuse every plain layer that is not fused, or whose parameters were moved since; an exit adapter's too."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
     for layer in layers:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from self_speculation.families import embed
+
 if TYPE_CHECKING:
     from self_speculation.decoding.cache import PositionAddressedCache
     from self_speculation.decoding.draft_head import DraftHead
@@ -42,7 +44,7 @@ def forward_early(
     kernels: Kernels, tokens_BT: Tensor, exit_layer: int, positions_BT: Tensor, cache: "PositionAddressedCache"
 ) -> Tensor:
     """The exit states (B, T, D): what leaves layers [0, E)."""
-    return kernels.run_layers(kernels.model.model.embed_tokens(tokens_BT), range(exit_layer), positions_BT, cache)
+    return kernels.run_layers(embed(kernels.model, tokens_BT), range(exit_layer), positions_BT, cache)
 
 
 def forward_remainder(

@@ -24,10 +24,13 @@ from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.fused_layers import FusedLayer, fuse, fused_layer
 from self_speculation.decoding.large_pages import Arena
 from self_speculation.exit_adapter import ExitAdapter
+from self_speculation.families import family_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 # The model's attribute that holds its kernels.
 ATTRIBUTE = "width_invariant"
+# The family that the library is written for.
+FAMILY = "llama"
 # Each with the type in which its sums are taken.
 WIDE = {
     torch.float64: torch.float64,
@@ -185,6 +188,8 @@ def move_into_large_pages(model: LlamaForCausalLM) -> None:
 
 def why_not(model: LlamaForCausalLM) -> str | None:
     """Why a model, whose layers were fused, cannot be run by these kernels, in half a sentence; None if it can."""
+    if model.config.model_type != FAMILY:
+        return f"{family_of(model).name} models have no passes whose width does not matter, only Llama models have"
     head, norm = model.lm_head, model.model.norm
     weights = [
         norm.weight,

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from self_speculation.decoding.early_exit import exit_logits, forward_exits, token_device
 from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.fused_layers import fuse
+from self_speculation.families import check_supported
 
 # The most logits alive at once.
 CHUNK_LOGITS = 2**22
@@ -53,8 +54,9 @@ def score_continuations(
     at once.
 
     Raises:
-        ValueError: logits are not finite.
+        ValueError: the model cannot be cut at a layer, or logits are not finite.
     """
+    check_supported(model)
     fuse(model)
     device = token_device(model)
     tokens_BT = torch.zeros(len(texts), max(len(text.tokens) for text in texts), dtype=torch.long)

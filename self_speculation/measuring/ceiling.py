@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.exit_adapter import ExitAdapter
+from self_speculation.families import is_decoder
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Batch, Round, ratio
@@ -31,7 +32,9 @@ class WeightBytes:
 
     @classmethod
     def of(cls, model: LlamaForCausalLM) -> "WeightBytes":
-        """The layers, the final norm with the LM head, and an exit adapter."""
+        """The layers, the final norm with the LM head, and an exit adapter; all as one layer where no exit can be."""
+        if not is_decoder(model):
+            return cls([_num_bytes_read(model)], model.get_output_embeddings().weight.nbytes, model.config.vocab_size)
         layers = [_num_bytes(layer) for layer in model.model.layers]
         adapters = {one.exit_layer: _num_bytes(one) for one in model.children() if isinstance(one, ExitAdapter)}
         head = model.model.norm.weight.nbytes + model.lm_head.weight.nbytes
@@ -55,6 +58,13 @@ class WeightBytes:
 
 def _num_bytes(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in module.parameters())
+
+
+def _num_bytes_read(model: LlamaForCausalLM) -> int:
+    """Of all weights but the LM head's, and embeddings that are looked up."""
+    others = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    left_out = {id(module.weight) for module in (*others, model.get_output_embeddings())}
+    return sum(weight.nbytes for weight in model.parameters() if id(weight) not in left_out)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Contestant:
             if next(calls) % every == 0:
                 peak = max(peak, probes.live_bytes())
 
-        handle = self.generator.model.lm_head.register_forward_hook(look)
+        handle = self.generator.model.get_output_embeddings().register_forward_hook(look)
         try:
             with torch.compiler.set_stance("force_eager"):
                 self.run(prompts)

@@ -62,6 +62,8 @@ def write_gguf(model: LlamaForCausalLM, path: Path, type_name: str) -> None:
 
 
 def _check(model: LlamaForCausalLM) -> None:
+    if model.config.model_type != ARCHITECTURE:
+        raise ValueError(f"--generation_strategy llama_cpp takes Llama models only, and not {type(model).__name__}.")
     if model.config.attention_bias or model.config.mlp_bias:
         raise ValueError("--generation_strategy llama_cpp: its Llama has no biases, and this model does.")
     if model.model.rotary_emb.attention_scaling != 1:

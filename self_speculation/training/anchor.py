@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +25,7 @@ class Anchor:
     def __init__(
         self,
         weight: float,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         untouched: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.weight = weight
@@ -48,7 +48,7 @@ class Anchor:
             self.model.train(is_training)
 
 
-def anchored(weight: float, model: LlamaForCausalLM, adapted: "PeftModel | None") -> Anchor:
+def anchored(weight: float, model: PreTrainedModel, adapted: "PeftModel | None") -> Anchor:
     """The anchor of a model that is about to be trained, with adapters or whole."""
     if adapted is not None:
         return Anchor(weight, model, adapted.disable_adapter)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -130,14 +130,14 @@ class WholeCheckpointTrainer(Trainer):
         self.is_saving = False
 
     @property
-    def llama(self) -> LlamaForCausalLM:
+    def llama(self) -> PreTrainedModel:
         """The model, without what LoRA puts around it."""
-        return self.model if isinstance(self.model, LlamaForCausalLM) else cast(Any, self.model).get_base_model()
+        return self.model if isinstance(self.model, PreTrainedModel) else cast(Any, self.model).get_base_model()
 
     @property
     def adapted(self) -> "PeftModel | None":
         """The model with its adapters, if it is trained with LoRA."""
-        return None if isinstance(self.model, LlamaForCausalLM) else cast("PeftModel", self.model)
+        return None if isinstance(self.model, PreTrainedModel) else cast("PeftModel", self.model)
 
     def tensors_to_save(self) -> dict[str, Tensor]:
         """The weights that a checkpoint has, by their names there."""
@@ -181,7 +181,7 @@ class WholeCheckpointTrainer(Trainer):
             with whole_files(output_dir_of(self.args)) as folder:
                 model.save_pretrained(folder)
 
-    def whole_model(self) -> LlamaForCausalLM | None:
+    def whole_model(self) -> PreTrainedModel | None:
         """On the first process, the model with all its weights, which FSDP has spread; all processes must call this."""
         state_dict = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if not self.is_world_process_zero():
@@ -190,7 +190,7 @@ class WholeCheckpointTrainer(Trainer):
             return merged(self.adapted)
         if state_dict is None:
             return self.llama
-        whole = LlamaForCausalLM(self.llama.config)
+        whole: PreTrainedModel = AutoModelForCausalLM.from_config(self.llama.config, dtype=torch.float32)
         whole.load_state_dict(state_dict)
         return whole
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from self_speculation.families import AS_IT_IS, LogitsFunction
+
 # From log q and p, each (C, V): the summed loss, and its gradient with respect to the logits in the place of log q.
 TaughtLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -67,13 +69,14 @@ class ExitSums:
     """What `SummedExitLoss` sums.
 
     The first exit learns the labels, with an anchor also r; the others learn its p by `taught`, or without it the
-    labels as well. `weights` are the exits' ẽ(t, l).
+    labels as well. `weights` are the exits' ẽ(t, l), `logits` is what the model does to the head's product.
     """
 
     weights: tuple[float, ...]
     taught: TaughtLoss | None
     chunk_tokens: int
     anchor: AnchorRows | None = None
+    logits: LogitsFunction = AS_IT_IS
 
 
 class SummedExitLoss(torch.autograd.Function):
@@ -86,14 +89,14 @@ class SummedExitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: ExitSums, labels_K: Tensor, head_VD: Tensor, *exits_KD: Tensor) -> Tensor:
         """The loss, in float32 at least; products with the head are in autocast's dtype, if it is on."""
-        head = _Head(head_VD, is_trained=ctx.needs_input_grad[2])
-        anchor_head = _Head(sums.anchor.head_VD, is_trained=False) if sums.anchor else None
+        head = _Head(head_VD, sums.logits, is_trained=ctx.needs_input_grad[2])
+        anchor_head = _Head(sums.anchor.head_VD, sums.logits, is_trained=False) if sums.anchor else None
         gradients_KD = [torch.zeros_like(exit_KD) for exit_KD in exits_KD]
         total = torch.zeros((), dtype=head.exact, device=head_VD.device)
         with torch.autocast(head_VD.device.type, enabled=False):
             for start in range(0, len(labels_K), sums.chunk_tokens):
                 rows = slice(start, start + sums.chunk_tokens)
-                log_r_CV = anchor_head.log_q(sums.anchor.normed_KD[rows]) if sums.anchor and anchor_head else None
+                log_r_CV = anchor_head.log_q(sums.anchor.normed_KD[rows])[0] if sums.anchor and anchor_head else None
                 chunk = _Chunk(sums, head, labels_K[rows], log_r_CV)
                 for number, (exit_KD, gradient_KD) in enumerate(zip(exits_KD, gradients_KD, strict=True)):
                     total += chunk.add(number, exit_KD[rows], gradient_KD[rows])
@@ -110,16 +113,18 @@ class SummedExitLoss(torch.autograd.Function):
 class _Head:
     """An LM head in the dtype of its products, and the gradient of its weights, in float32 at least."""
 
-    def __init__(self, weight_VD: Tensor, is_trained: bool) -> None:
+    def __init__(self, weight_VD: Tensor, logits: LogitsFunction, is_trained: bool) -> None:
+        self.logits = logits
         device = weight_VD.device.type
         is_cast = weight_VD.dtype == torch.float32 and torch.is_autocast_enabled(device)
         self.weight_VD = weight_VD.to(torch.get_autocast_dtype(device)) if is_cast else weight_VD
         self.exact = torch.promote_types(weight_VD.dtype, torch.float32)
         self.gradient_VD = torch.zeros_like(weight_VD, dtype=self.exact) if is_trained else None
 
-    def log_q(self, normed_CD: Tensor) -> Tensor:
-        """log softmax of the logits, (C, V)."""
-        return (normed_CD.to(self.weight_VD.dtype) @ self.weight_VD.T).to(self.exact).log_softmax(-1)
+    def log_q(self, normed_CD: Tensor) -> tuple[Tensor, Tensor | float]:
+        """log softmax of the logits, (C, V), and the logits' slope, by which gradients go back to the product."""
+        logits_CV = self.logits((normed_CD.to(self.weight_VD.dtype) @ self.weight_VD.T).to(self.exact))
+        return logits_CV.log_softmax(-1), self.logits.slope(logits_CV)
 
     def back(self, weight: float, gradient_CV: Tensor, normed_CD: Tensor) -> Tensor:
         """Adds an exit's weighted gradient to that of the weights, and gives that of its normed states, (C, D)."""
@@ -145,7 +150,7 @@ class _Chunk:
 
     def add(self, number: int, normed_CD: Tensor, into_CD: Tensor) -> Tensor:
         """The weighted loss of an exit; the gradient of its normed states is put where it belongs."""
-        weight, log_q_CV = self.sums.weights[number], self.head.log_q(normed_CD)
+        weight, (log_q_CV, slope_CV) = self.sums.weights[number], self.head.log_q(normed_CD)
         loss, gradient_CV = self._learn(log_q_CV)
         loss = weight * loss
         if self.sums.anchor and self.log_r_CV is not None:
@@ -156,6 +161,8 @@ class _Chunk:
             weight = 1.0
         if self.sums.taught and self.p_CV is None:
             self.p_CV = log_q_CV.exp_()
+        if isinstance(slope_CV, Tensor) or slope_CV != 1:
+            gradient_CV.mul_(slope_CV)
         if weight:
             into_CD.copy_(self.head.back(weight, gradient_CV, normed_CD))
         return loss

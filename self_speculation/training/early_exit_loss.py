@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from self_speculation.families import logits_function
 from self_speculation.training.anchor import Anchor
 from self_speculation.training.chunked_loss import (
     AnchorRows,
@@ -122,9 +123,14 @@ class ExitSchedule:
         return {exit_layer: value / total for exit_layer, value in raw.items() if value > 0}
 
 
-def exit_logits(model: LlamaForCausalLM, hidden_ND: Tensor, is_normed: bool) -> Tensor:
+def exit_logits(model: PreTrainedModel, hidden_ND: Tensor, is_normed: bool) -> Tensor:
     """g(x), (N, V): the model's final norm and LM head; transformers' x_L is normed already, the others are not."""
-    return model.lm_head(hidden_ND if is_normed else model.model.norm(hidden_ND))
+    return head_logits(model, hidden_ND if is_normed else model.model.norm(hidden_ND))
+
+
+def head_logits(model: PreTrainedModel, normed_ND: Tensor) -> Tensor:
+    """Logits (N, V) of normed states: the LM head, and what the model's family does to its product."""
+    return logits_function(model)(model.lm_head(normed_ND))
 
 
 class EarlyExitLoss:
@@ -140,7 +146,7 @@ class EarlyExitLoss:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         schedule: ExitSchedule,
         target: ExitTarget,
         chunk_tokens: int = CHUNK_TOKENS,
@@ -196,7 +202,7 @@ class EarlyExitLoss:
         if taught and not anchor and last not in weights:
             states[0] = states[0].detach()
         own = tuple(weights.get(exit_layer, 0.0) for exit_layer in exits)
-        sums = ExitSums(own, taught, self.chunk_tokens, anchor)
+        sums = ExitSums(own, taught, self.chunk_tokens, anchor, logits_function(self.model))
         total = SummedExitLoss.apply(sums, labels_N[labelled_K], self.model.lm_head.weight, *states)
         return total / (len(labelled_K) if num_items_in_batch is None else num_items_in_batch)
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
+from self_speculation.families import logits_function
 from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, distillation_cross_entropy
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
 
-def prepare_exit_adapter(model: LlamaForCausalLM, exit_layer: int | None, name: str | None) -> None:
+def prepare_exit_adapter(model: PreTrainedModel, exit_layer: int | None, name: str | None) -> None:
     """Freeze the model, and give it a new adapter at the exit, which alone is trained; nothing, where none is wanted.
 
     `name` is what the model was loaded from.
@@ -43,13 +44,13 @@ def prepare_exit_adapter(model: LlamaForCausalLM, exit_layer: int | None, name: 
     model.add_module(ATTRIBUTE, ExitAdapter.of(model, exit_layer).requires_grad_(True))
 
 
-def adapter_of(model: LlamaForCausalLM) -> ExitAdapter | None:
+def adapter_of(model: PreTrainedModel) -> ExitAdapter | None:
     """The model's exit adapter, if it has one."""
     return next((module for module in model.children() if isinstance(module, ExitAdapter)), None)
 
 
 @contextmanager
-def running_adapter(model: LlamaForCausalLM) -> Iterator[dict[int, Tensor]]:
+def running_adapter(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
     """While this lasts, a pass of the model is one of its exit adapter, too.
 
     Gives, by the adapter's exit, what left the adapter's layer (B, T, D); nothing for a model without one.
@@ -77,11 +78,12 @@ class ExitAdapterLoss:
     It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call.
     """
 
-    def __init__(self, model: LlamaForCausalLM, adapter: ExitAdapter, chunk_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: ExitAdapter, chunk_tokens: int) -> None:
         self.model = model
         self.adapter = adapter
         # The last layer teaches, and weighs nothing.
-        self.sums = ExitSums((0.0, 1.0), taught=distillation_cross_entropy, chunk_tokens=chunk_tokens)
+        taught, logits = distillation_cross_entropy, logits_function(model)
+        self.sums = ExitSums((0.0, 1.0), taught, chunk_tokens, logits=logits)
         self.step = 0
 
     def attach(self) -> None:

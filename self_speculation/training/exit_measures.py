@@ -14,18 +14,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import EvalPrediction, LlamaForCausalLM
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.exit_adapter import exit_norm
-from self_speculation.training.early_exit_loss import CHUNK_TOKENS, exit_logits
+from self_speculation.training.early_exit_loss import CHUNK_TOKENS, exit_logits, head_logits
 from self_speculation.training.exit_adapter_loss import running_adapter
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
 MEASURES = ("loss", "perplexity", "accuracy", "agreement")
 
 
-def exit_sums(model: LlamaForCausalLM, hidden_states: tuple[Tensor, ...], labels_BT: Tensor, chunk: int) -> Tensor:
+def exit_sums(model: PreTrainedModel, hidden_states: tuple[Tensor, ...], labels_BT: Tensor, chunk: int) -> Tensor:
     """Sums of the measures over each row's labelled tokens, (B, E, M); `chunk` positions' logits live at a time.
 
     `hidden_states` are x_0 … x_L as transformers returns them, each (B, T, D), x_L already normed; at an exit with an
@@ -39,14 +39,15 @@ def exit_sums(model: LlamaForCausalLM, hidden_states: tuple[Tensor, ...], labels
     return torch.cat(measures_NEM).unflatten(0, labels_BT.shape).sum(1)
 
 
-def _chunk_measures(model: LlamaForCausalLM, states: tuple[Tensor, ...], labels_N: Tensor) -> Tensor:
+def _chunk_measures(model: PreTrainedModel, states: tuple[Tensor, ...], labels_N: Tensor) -> Tensor:
     """The measures of every exit at some positions, zero where there is no label, (N, E, M)."""
     *early, last_ND = states
     is_labelled_N = labels_N != IGNORED_LABEL
     last_NV = exit_logits(model, last_ND, is_normed=True)
     last_N = last_NV.argmax(-1)
     measures_ENM = []
-    early_NV = (model.lm_head(exit_norm(model, exit_layer)(state_ND)) for exit_layer, state_ND in enumerate(early, 1))
+    normed_ND = (exit_norm(model, exit_layer)(state_ND) for exit_layer, state_ND in enumerate(early, 1))
+    early_NV = (head_logits(model, own_ND) for own_ND in normed_ND)
     for logits_NV in (*early_NV, last_NV):
         loss_N = F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
         guess_N = logits_NV.argmax(-1)
@@ -56,7 +57,7 @@ def _chunk_measures(model: LlamaForCausalLM, states: tuple[Tensor, ...], labels_
 
 
 @contextmanager
-def scoring(model: LlamaForCausalLM, chunk: int = CHUNK_TOKENS) -> Iterator[None]:
+def scoring(model: PreTrainedModel, chunk: int = CHUNK_TOKENS) -> Iterator[None]:
     """For as long as it lasts, the model's `forward` returns `exit_sums` in the place of logits.
 
     Inside `forward`, because DDP and FSDP prepare the shared norm and head around that call.

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.adapter_config import is_adapter, read_adapter_config
 from self_speculation.training.whole_files import whole_files
@@ -20,12 +20,13 @@ from self_speculation.training.whole_files import whole_files
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Attention's and the MLP's matrices; Phi-3 has the two groups of them that are side by side.
+ADAPTED = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # Beside the merged model, which every program loads.
 ADAPTER_FOLDER = "adapter"
 
 
-def with_lora(model: LlamaForCausalLM, rank: int, alpha: float, seed: int) -> "PeftModel":
+def with_lora(model: PreTrainedModel, rank: int, alpha: float, seed: int) -> "PeftModel":
     """The model with an adapter of every layer's matrices; all other weights are frozen.
 
     Raises:
@@ -35,7 +36,9 @@ def with_lora(model: LlamaForCausalLM, rank: int, alpha: float, seed: int) -> "P
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("--lora_rank needs the package peft (pip install peft).") from error
-    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=list(ADAPTED), task_type="CAUSAL_LM")
+    own = {name.rpartition(".")[2] for name, _ in model.model.layers.named_modules()}
+    adapted = [name for name in ADAPTED if name in own]
+    config = LoraConfig(r=rank, lora_alpha=cast(int, alpha), target_modules=adapted, task_type="CAUSAL_LM")
     # A is drawn, whatever was drawn before. B is zero: at first the model is what it was.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -80,6 +83,6 @@ def save_adapter(model: "PeftModel", output_dir: Path) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, with nothing filled in.
 
 
-def merged(model: "PeftModel") -> LlamaForCausalLM:
+def merged(model: "PeftModel") -> PreTrainedModel:
     """The model with its adapter added to its own weights, in which there is no adapter any more."""
-    return cast(LlamaForCausalLM, model.merge_and_unload())
+    return cast(PreTrainedModel, model.merge_and_unload())

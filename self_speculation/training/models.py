@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import CONFIG_NAME
 
 from self_speculation.checkpoint_kinds import checkpoint
+from self_speculation.families import FAMILIES, NAMES, check_supported
 from self_speculation.pretrained import DamagedCheckpointError
 from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.training.tokenizer import train_tokenizer
 
-# What the configuration of a Llama calls its family.
-FAMILY = "llama"
+# The family of a configuration that names none.
+LLAMA = "llama"
 # The largest vocabularies in use are a quarter of it. The trainer of tokenizers makes room for all of them at once.
 MOST_TOKENS = 1_000_000
 
@@ -27,7 +35,7 @@ class TrainedModelArguments(Settings):
     model: str | None = setting(None, help="Folder, .gguf file or hub name to go on from; from scratch when not given.")
     tokenizer: str | None = setting(None, help="Tokenizer's folder or hub name; trained on the texts when not given.")
     config: str | None = setting(
-        None, help="config.json of a new Llama, or its folder, in the place of the sizes below."
+        None, help="config.json of a new model, or its folder, in the place of the sizes below, which are a Llama's."
     )
     vocab_size: int = setting(4096, at_least=1, at_most=MOST_TOKENS, help="Size of a new tokenizer's vocabulary.")
     block_size: int = setting(256, at_least=1, help="Tokens in a training sequence.")
@@ -50,7 +58,7 @@ class TrainedModelArguments(Settings):
         if self.model and self.config:
             raise ValueError("--config is of a new model, and does not go with --model.")
 
-    def new_config(self, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
+    def new_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
         """The configuration of a new model; of the given sizes, with one matrix as input and output embeddings."""
         own: dict[str, Any] = {
             "vocab_size": len(tokenizer),
@@ -74,14 +82,14 @@ class TrainedModelArguments(Settings):
 
 def model_to_train(
     arguments: TrainedModelArguments, texts: Callable[[], Iterable[str]]
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in float32, and its tokenizer; `texts` gives what a new tokenizer is trained on.
 
     Raises:
         ValueError: there is no such model or tokenizer, or they do not go together.
     """
     tokenizer = _given_tokenizer(arguments) or train_tokenizer(texts(), arguments.vocab_size)
-    model = _given_model(arguments) or LlamaForCausalLM(arguments.new_config(tokenizer))
+    model = _given_model(arguments) or _new_model(arguments.new_config(tokenizer))
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"--tokenizer has {len(tokenizer)} tokens, more than the model's {model.config.vocab_size}.")
     if arguments.block_size > model.config.max_position_embeddings:
@@ -89,21 +97,33 @@ def model_to_train(
     return model, tokenizer
 
 
-def _read_config(source: str, own: dict[str, Any]) -> LlamaConfig:
+def _new_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model that has learnt nothing, in float32.
+
+    Raises:
+        ValueError: its exits could not draft.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    check_supported(model)
+    return model
+
+
+def _read_config(source: str, own: dict[str, Any]) -> PreTrainedConfig:
     """The configuration that `--config` names, with a new model's own values in the place of its."""
     named = Path(source)
     regular_file("config", named / CONFIG_NAME if named.is_dir() else named)
     try:
-        values, _ = LlamaConfig.get_config_dict(source)
-        if values.get("model_type", FAMILY) != FAMILY:
-            raise ValueError(f"a {values['model_type']} model")
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        family = values.pop("model_type", LLAMA)
+        if family not in FAMILIES:
+            raise ValueError(f"a {family} model")
         # transformers takes an empty folder for an empty configuration, whose sizes would be those of Llama 7B.
         if "hidden_size" not in values:
             raise ValueError("no sizes")
-        return LlamaConfig(**values | own)
+        return AutoConfig.for_model(family, **values | own)
     # What reads a configuration raises errors of many kinds, and the sentence is the same for all.
     except Exception as error:
-        raise ValueError(f"--config: {source} is not a Llama's configuration.") from error
+        raise ValueError(f"--config: {source} is no configuration of one of these families: {NAMES}.") from error
 
 
 def _given_tokenizer(arguments: TrainedModelArguments) -> PreTrainedTokenizerBase | None:
@@ -116,23 +136,24 @@ def _given_tokenizer(arguments: TrainedModelArguments) -> PreTrainedTokenizerBas
         raise ValueError(f"{flag}: {source} has no tokenizer that transformers can load.") from error
 
 
-def _given_model(arguments: TrainedModelArguments) -> LlamaForCausalLM | None:
+def _given_model(arguments: TrainedModelArguments) -> PreTrainedModel | None:
     """The model that the flags name, if they name one.
 
     Raises:
-        ValueError: there is none, it is damaged, or of another family, whose other tensors a Llama would lose.
+        ValueError: there is none, it is damaged, or of another family, whose exits could not draft.
     """
     if not arguments.model:
         return None
     source = checkpoint(arguments.model, {"dtype": torch.float32})
     try:
         family = source.config().model_type
-        model = source.model() if family == FAMILY else None
+        model = source.model() if family in FAMILIES else None
     except DamagedCheckpointError:
         raise
     # As for tokenizers.
     except Exception as error:
         raise ValueError(f"--model: {arguments.model} is not a model that transformers can load.") from error
-    if not isinstance(model, LlamaForCausalLM):
-        raise ValueError(f"--model: {arguments.model} is a {family} model: only Llama models can be trained here.")
+    if model is None:
+        raise ValueError(f"--model: {arguments.model} is a {family} model; families that can exit early: {NAMES}.")
+    check_supported(model)
     return model

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
 from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
@@ -28,8 +28,8 @@ WHOLE_MODEL = ("lora_rank", "anchor_weight")
 
 
 def prepared(
-    model: LlamaForCausalLM, training: TrainingArguments, layerskip: LayerSkipArguments
-) -> "LlamaForCausalLM | PeftModel":
+    model: PreTrainedModel, training: TrainingArguments, layerskip: LayerSkipArguments
+) -> "PreTrainedModel | PeftModel":
     """The model as it is trained: with adapters, if a rank is given.
 
     Raises:
@@ -56,7 +56,7 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, training: TrainingArguments, layerskip: LayerSkipArguments, **kwargs: Any
+        self, model: PreTrainedModel, training: TrainingArguments, layerskip: LayerSkipArguments, **kwargs: Any
     ) -> None:
         trained = prepared(model, training, layerskip)
         super().__init__(trained, training, compute_metrics=exit_metrics, **kwargs)

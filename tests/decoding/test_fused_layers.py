@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.early_exit import embed, exit_logits, run_layers
+from self_speculation.decoding.early_exit import exit_logits, run_layers
 from self_speculation.decoding.fused_layers import fuse, fused_layer
+from self_speculation.families import embed
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.surroundings import live_tensor_bytes
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy

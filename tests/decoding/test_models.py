@@ -7,22 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import disk_offload
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.early_exit import check_supported
 from self_speculation.decoding.stopping import StopReason
+from self_speculation.families import check_supported
 from self_speculation.generator_base import (
     GenerationConfig,
     GenerationResult,
@@ -36,14 +26,6 @@ from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 STRATEGIES = (AutoregressiveStrategy, EarlyExitStrategy, SelfSpeculativeStrategy)
 PROMPTS = [[3], [4, 5, 6, 7, 8, 9, 10], [11, 12]]
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-TINY = {
-    "vocab_size": 30,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
 
 
 def run(strategy: GenerationStrategy, tokenizer: PreTrainedTokenizerBase, **fields: object) -> list[GenerationResult]:
@@ -56,20 +38,6 @@ def tokens_of(results: list[GenerationResult]) -> list[list[int]]:
 
 
 # What is supported
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=1)), "GPT2LMHeadModel"),
-        (lambda: MistralForCausalLM(MistralConfig(**TINY)), "MistralForCausalLM"),
-        (lambda: Qwen2ForCausalLM(Qwen2Config(**TINY)), "Qwen2ForCausalLM"),
-    ],
-    ids=["GPT-2", "Mistral", "Qwen2"],
-)
-def test_other_families_are_refused(make: Callable[[], PreTrainedModel], name: str) -> None:
-    with pytest.raises(ValueError, match=f"--model is a {name}: only Llama"):
-        check_supported(make())
 
 
 @pytest.mark.parametrize(
