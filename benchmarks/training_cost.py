@@ -32,7 +32,8 @@ from self_speculation.generator_base import synchronize
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tensor_memory import TensorMemory
 from self_speculation.settings import Settings, setting
-from self_speculation.training.early_exit_loss import CHUNK_TOKENS, EarlyExitLoss, ExitSchedule
+from self_speculation.training.choices import CHUNK_TOKENS
+from self_speculation.training.early_exit_loss import EarlyExitLoss, ExitSchedule
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout
 
 # Steps that a schedule is told of; no more are run.

@@ -52,10 +52,10 @@ def one_sentence_errors(go_on: str = "", lower: str = "--batch_size or --max_ste
                 yield
             finally:
                 sys.stdout.flush()
-        except KeyboardInterrupt:
-            _stop("interrupted", go_on, INTERRUPTED)
-        except Terminated:
-            _stop("terminated", go_on, TERMINATED)
+        except KeyboardInterrupt as error:
+            _stop("interrupted", _kept(error, go_on), INTERRUPTED)
+        except Terminated as error:
+            _stop("terminated", _kept(error, go_on), TERMINATED)
         # Those that are no user's doing are raised again.
         except Exception as error:
             sentence = _sentence(error, go_on, lower)
@@ -86,6 +86,11 @@ def importing() -> Iterator[None]:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _kept(error: BaseException, go_on: str) -> str:
+    """What is kept of the run; a note that the error has on its way knows better."""
+    return " ".join(getattr(error, "__notes__", [go_on]))
 
 
 def _stop(how: str, go_on: str, code: int) -> NoReturn:

@@ -106,6 +106,11 @@ class GenerationResult:
 
     @property
     def tokens_per_second(self) -> float:
+        """End to end: all new tokens over the time from the prompt to the last one, prefill included."""
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
         """The decode rate: new tokens after the first delivery over the time since then."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 

@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
-
 RENDEZVOUS_SECONDS = 120
 RENDEZVOUS_HELP = "Seconds in which all of torchrun's processes must come."
 
@@ -20,7 +17,14 @@ def all_present(seconds: int = RENDEZVOUS_SECONDS) -> Iterator[None]:
         ValueError: some did not come in time.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_processes < 2 or dist.is_initialized():
+    if num_processes < 2:
+        yield
+        return
+    # Imports torch; the flags, which name the constants above, are known without.
+    from torch import distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if dist.is_initialized():
         yield
         return
     limit = timedelta(seconds=seconds)

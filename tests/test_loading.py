@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
-from self_speculation.commands import benchmark, correctness, generate, sweep
+from self_speculation.commands import benchmark, correctness, generate, sweep, sweeping
 from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, Recommendation, Use, advice_for, load, read_recommendation
@@ -80,7 +80,7 @@ def test_a_secret_is_in_no_result_and_not_printed(
     assert run(generate.main, "--model_args", "token=SesameOpen,nonsense=3", "--prompt", "x") == 2
     assert run(generate.main, "--model_args", "nonsense=3,token:SesameOpen", "--prompt", "x") == 2
     said = capfd.readouterr()
-    pasted = sweep.command(ModelArguments(model_args="token=SesameOpen"), sweep.SweepConfig(), Cell(1, 2))
+    pasted = sweeping.command(ModelArguments(model_args="token=SesameOpen"), sweep.SweepConfig(), Cell(1, 2))
     assert "SesameOpen" not in said.out + said.err + pasted
     files = [path for path in (tmp_path / "logs").rglob("*") if path.is_file()]
     assert {path.name for path in files} > {"generate.jsonl", "correctness.json", "benchmark.json"}

@@ -1,1 +1,1 @@
-"""The programs: flags, one call, one report each."""
+"""The programs: flags, known without torch, and a file each for the work that they ask for."""

@@ -1,40 +1,23 @@
-"""What is typed in a chat: messages, a line each, and commands, which begin with a slash."""
+"""What is typed in a chat: messages, and commands, which begin with a slash."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from self_speculation.chat import Chat
+from self_speculation.commands.typed_lines import KEYS, line_reader
 from self_speculation.writing import naming
 
-HELP = (
-    "/reset forgets what was said · /save FILE writes it to a new file, as JSON · /help says this. "
-    "A line that ends in \\ goes on in the next. Ctrl-C ends an answer, Ctrl-D the chat."
-)
+HELP = f"/reset forgets what was said · /save FILE writes it to a new file, as JSON · /help says this. {KEYS}"
 
 
 def typed_messages(chat: Chat, note: Callable[[str], None]) -> Iterator[str]:
-    """Messages from the terminal, until Ctrl-D or Ctrl-C; commands are done in between, and noted."""
-    note(HELP)
-    while (line := _read_line()) is not None:
+    """Messages from the terminal, until Ctrl-D; commands are done in between, and noted."""
+    for line in iter(line_reader(), None):
         if line.startswith("/"):
             note(_command(chat, line))
         elif line.strip():
             yield line
-
-
-def _read_line() -> str | None:
-    """A line, with those that continue it; None after Ctrl-D or Ctrl-C."""
-    lines: list[str] = []
-    try:
-        while not lines or lines[-1].endswith("\\"):
-            lines.append(input("… " if lines else "> "))
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not {error.encoding} text: --prompt_file takes a file.") from error
-    return "\n".join(line.removesuffix("\\") for line in lines)
 
 
 def _command(chat: Chat, line: str) -> str:

@@ -82,7 +82,7 @@ def module_of(program: str) -> ModuleType:
 def groups_of(program: str) -> tuple[type, ...]:
     """The dataclasses of a program's flags, those that only `--help_all` shows last."""
     module = module_of(program)
-    return (*module.GROUPS, *getattr(module, "RARE", ()))
+    return (*module.GROUPS, *getattr(module, "rare_groups", tuple)())
 
 
 @cache

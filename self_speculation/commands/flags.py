@@ -1,24 +1,26 @@
 """Command-line flags: one parser for all programs, and the dataclasses that several of them share."""
 
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, RawDescriptionHelpFormatter, _ArgumentGroup
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
 from copy import copy
 from dataclasses import Field, dataclass, fields
-from itertools import chain
+from difflib import get_close_matches
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, NoReturn, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from self_speculation import __version__
+from self_speculation.commands.flag_files import flags_in
 from self_speculation.ending import fail
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
 HELP_WIDTH = 100
 HELP_COLUMN = 32
 PLACEHOLDERS = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
+# What the reference implementation's -1 means for these.
+NOT_GIVEN = dict.fromkeys(("exit_layer", "num_speculations"), (-1, "-1"))
 
 
 @dataclass
@@ -26,21 +28,40 @@ class OutputArguments(Settings):
     """Where results go."""
 
     output_dir: str = setting("./logs", help="Folder for results.")
+    log: bool = setting(True, help="Write them there; --no_log writes nothing.", is_rare=True)
+    quiet: bool = setting(False, help="Results alone: no progress, and no notes beside them.", is_rare=True)
+    json: bool = setting(
+        False,
+        help="End standard output with the totals as a line of JSON, as it does where that is no terminal.",
+        is_rare=True,
+    )
+    config: str | None = setting(
+        None,
+        help="File of flags (YAML or JSON, such as the settings beside a result); those given beside it win.",
+        is_rare=True,
+    )
 
 
 def parse(
-    *dataclasses: type, rare: tuple[type, ...] = (), description: str | None = None, args: list[str] | None = None
+    *dataclasses: type,
+    rare: tuple[type, ...] = (),
+    description: str | None = None,
+    args: list[str] | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """One instance of each dataclass from the command line, those of `rare` last.
 
     `--help` shows a group of flags for each dataclass; those of `rare`, and settings that are rare themselves, only
-    `--help_all` does. An unknown flag or a bad value is refused.
+    `--help_all` does. An unknown flag or a bad value is refused. `defaults` are those in place of a dataclass's own.
     """
     given = sys.argv[1:] if args is None else args
     _check_characters(given)
+    if OutputArguments in dataclasses:
+        given = with_config(given)
     parser = _Parser(dataclasses, rare, shows_rare="--help_all" in given, description=description)
+    parser.set_defaults(**(defaults or {}))
     try:
-        *groups, unknown = parser.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
+        *groups, unknown = parser.parse_args_into_dataclasses(args=given, return_remaining_strings=True)
     except ValueError as error:
         fail(_naming_flags(str(error), given, rare))
     # transformers' dataclasses raise errors of many kinds: of packages that are missing, of files, of types.
@@ -49,7 +70,7 @@ def parse(
             raise
         fail(_naming_flags(str(error) or type(error).__name__, given, rare))
     if unknown:
-        fail(f"{unknown[0]!r} is neither a flag nor a flag's value; --help shows all flags.")
+        fail(parser.sentence_about(unknown[0]))
     return tuple(groups)
 
 
@@ -100,6 +121,23 @@ class _Parser(HfArgumentParser):
                 is_hidden = dtype in self.hidden or (limits_of(field).is_rare and not self.shows_rare)
                 flags: Any = _Flags(group, is_hidden)
                 self._parse_dataclass_field(flags, _as_flag(field, types[field.name]))
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Flags by name, and the words that are none; what stands for a value that is not given is taken as such."""
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        for name, placeholders in NOT_GIVEN.items():
+            if isinstance(namespace, Namespace) and getattr(namespace, name, None) in placeholders:
+                setattr(namespace, name, None)
+        return namespace, unknown
+
+    def sentence_about(self, word: str) -> str:
+        """What is wrong with a word that is no flag, and the flag that looks most like it."""
+        if not word.startswith("--"):
+            return f"{word!r} is neither a flag nor a flag's value; --help shows all flags."
+        name = word.partition("=")[0]
+        known = [flag for flag in self._option_string_actions if "-" not in flag.removeprefix("--")]
+        nearest = get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
+        return f"{name} is unknown; " + (f"did you mean {nearest[0]}?" if nearest else "--help_all shows all flags.")
 
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -155,26 +193,29 @@ def _as_flag(field: Field[Any], kind: Any) -> Field[Any]:
     return own
 
 
+def with_config(args: list[str]) -> list[str]:
+    """The flags of the file that `--config` names, if it names one, and then those given, which so win."""
+    name = named_file("config", args)
+    return args if name is None else [*flags_in("config", Path(name)), *args]
+
+
 def with_recipe(folder: Path, args: list[str]) -> list[str]:
     """The flags of the recipe that `--recipe` names, if it names one, and then those given, which so win.
 
     A recipe is a YAML file of flags and their values in `folder`, or a path to one.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    # Without a value it is the program's own parser that says so.
-    parser.add_argument("--recipe", nargs="?")
-    name = parser.parse_known_args(args)[0].recipe
+    name = named_file("recipe", args)
     if name is None:
         return args
     path = next((path for path in (folder / f"{name}.yaml", Path(name)) if path.is_file()), None)
     if path is None:
         fail(f"--recipe must be one of {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}, not {name}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # A ValueError is of bytes that are not UTF-8, or of a date or number that YAML allows and Python does not.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"--recipe: {path} is not valid YAML.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--recipe: {path} is not a mapping of flags to values.")
-    flags = [[f"--{flag}", *map(str, value if isinstance(value, list) else [value])] for flag, value in values.items()]
-    return [*chain.from_iterable(flags), *args]
+    return [*flags_in("recipe", path), *args]
+
+
+def named_file(flag: str, args: list[str]) -> str | None:
+    """What a flag names, before all flags are read; without a value it is the program's own parser that says so."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{flag}", nargs="?")
+    name: str | None = getattr(parser.parse_known_args(args)[0], flag)
+    return name

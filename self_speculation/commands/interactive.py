@@ -1,4 +1,4 @@
-"""A conversation at the terminal: prompts of several lines, and Ctrl-C that ends an answer and not the session."""
+"""Answers in a conversation at the terminal: Ctrl-C ends one of them, and not the session."""
 
 import os
 import select
@@ -14,39 +14,6 @@ if sys.platform != "win32":
     import termios
 
 INTERRUPT = b"\x03"
-
-
-def read_prompts() -> Iterator[str]:
-    """Prompts from standard input: all of it if it is piped, else one after another until an empty Ctrl-D."""
-    try:
-        if not is_conversation():
-            yield sys.stdin.read().removesuffix("\n")
-            return
-        while (prompt := _read_prompt()) is not None:
-            if prompt.strip():
-                yield prompt
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not {error.encoding} text: --prompt_file takes a file.") from error
-
-
-def is_conversation() -> bool:
-    """Whether somebody types the prompts."""
-    return sys.stdin is not None and sys.stdin.isatty()
-
-
-def _read_prompt() -> str | None:
-    """Lines up to Ctrl-D; None if there were none, or after Ctrl-C."""
-    print("Prompt, several lines if you like; Ctrl-D on a line of its own sends it, Ctrl-D alone leaves.")
-    lines: list[str] = []
-    try:
-        while True:
-            lines.append(input("… " if lines else "> "))
-    except EOFError:
-        print()
-        return "\n".join(lines) if lines else None
-    except KeyboardInterrupt:
-        print()
-        return None
 
 
 class InterruptKey:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from self_speculation.commands.flags import parse
 from self_speculation.ending import one_sentence_errors
-from self_speculation.measuring.report_page import page
-from self_speculation.measuring.report_sources import read_sections
 from self_speculation.settings import Settings, setting
 from self_speculation.terminal import say
 from self_speculation.writing import write_text
@@ -40,6 +38,10 @@ def main() -> None:
     if args and not args[0].startswith("-"):
         args = ["--folder", *args]
     [arguments] = parse(*GROUPS, description=__doc__, args=args)
+    # They import torch, which the flags do without.
+    from self_speculation.measuring.report_page import page
+    from self_speculation.measuring.report_sources import read_sections
+
     folder = Path(arguments.folder)
     path = folder / "report.html" if arguments.output is None else Path(arguments.output)
     sections = read_sections(folder, arguments.answers)

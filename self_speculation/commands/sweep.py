@@ -8,36 +8,19 @@ had accepted, times the single passes, predicts every cell, and measures the bes
 them. All end with the best cells measured again, interleaved with autoregressive decoding, and a command to paste.
 """
 
-import dataclasses
 import itertools
-import json
 import os
-import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import transformers
-from rich.console import Console
 
 from self_speculation.commands.flags import OutputArguments, parse
+from self_speculation.commands.late import late
 from self_speculation.decoding.cell import Cell
-from self_speculation.decoding.config import MOST_SPECULATIONS
+from self_speculation.decoding.config import MOST_SPECULATIONS, GenerationConfig
 from self_speculation.ending import one_sentence_errors
-from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load
-from self_speculation.measuring.contestants import MOST_REPEATS
-from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.surroundings import surroundings
-from self_speculation.measuring.sweep import Findings, Mode, SearchPlan, Sweep, search
-from self_speculation.measuring.tables import finalist_table
+from self_speculation.measuring.search_plan import MOST_REPEATS, Mode, SearchPlan
+from self_speculation.model_arguments import ModelArguments
 from self_speculation.prompts.arguments import DatasetArguments
-from self_speculation.prompts.chat_template import as_chats
-from self_speculation.prompts.fitting import prompt_limit, shorten
-from self_speculation.prompts.sources import read_examples
-from self_speculation.settings import Settings, by_flag, flag_of, setting, shown
-from self_speculation.writing import write_text
+from self_speculation.settings import Settings, setting
 
 # The greatest draft length to begin with, where none is given.
 MOST_DRAFTS = 6
@@ -132,86 +115,11 @@ GROUPS = (SweepArguments, ModelArguments, DatasetArguments, SweepConfig, OutputA
     lower="--max_steps or --max_prompt_tokens",
 )
 def main() -> None:
+    """Look for the best cell as the flags ask; under `torchrun` the first process does."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    arguments, model_arguments, dataset, config, output = groups = parse(*GROUPS, description=__doc__)
-    transformers.utils.logging.set_verbosity_error()
-    if arguments.mode != "grid" and config.generation_strategy != "self_speculative":
-        raise ValueError(f"--mode {arguments.mode} predicts self_speculative only, not {config.generation_strategy}.")
-    if arguments.save and not Path(model_arguments.model).is_dir():
-        raise ValueError(f"--save True: --model {model_arguments.model} is not a folder, in which to keep a choice.")
-    settings = by_flag(*groups)
-    examples = read_examples(dataset, config.seed)
-    model, tokenizer = load(model_arguments)
-    examples = as_chats(examples, tokenizer, dataset.chat_template)
-    cells = arguments.cells(model.config.num_hidden_layers)
-    limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
-    examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
-    sweep = Sweep(model, tokenizer, config, [example.prompt for example in examples])
-    log = RunLog(Path(output.output_dir), "sweep")
-    log.begin(settings, arguments.resume)
-    found = search(sweep, cells, log, arguments.plan())
-    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
-    log.write({"arguments": settings, "surroundings": surrounding} | found.document())
-    pictures = found.save_pictures(log.folder)
-    Console(highlight=False).print(finalist_table(found.final))
-    print(f"{log.document} has all figures; pictures: {', '.join(map(str, pictures))}")
-    for sentence in advice(found, found.cells):
-        print(sentence)
-    if arguments.save and found.is_faster:
-        print(f"{save(Path(model_arguments.model), found.best, config.draft_vocab)} recommends {found.best.name}.")
-    print(command(model_arguments, config, found.best if found.is_faster else None))
-
-
-def advice(found: Findings, cells: list[Cell]) -> Iterator[str]:
-    """What a user should know of the best cell before taking it."""
-    best, speedup = found.best, found.final[found.best].speedup.speedup
-    if not found.is_faster:
-        yield f"Autoregressive decoding is faster here: the best cell, {best.name}, has {speedup:.2f} × its speed."
-        return
-    for flag, axis in zip(Cell._fields, zip(*cells, strict=True), strict=True):
-        value = getattr(best, flag)
-        if value == max(axis) > min(axis):
-            yield f"The best {flag}, {value}, is the greatest that was looked at: --{flag}_last may be too small."
-
-
-def save(folder: Path, best: Cell, draft_vocab: int | None) -> Path:
-    """Recommend a cell beside a model's weights; what else the file says stays. Returns the file.
-
-    Raises:
-        ValueError: the file there is no JSON object.
-    """
-    path = folder / RECOMMENDATION_FILE
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--save True: {path} is not a JSON object.") from error
-    if not isinstance(kept, dict):
-        raise ValueError(f"--save True: {path} is not a JSON object.")
-    kept.pop("draft_vocab", None)
-    found = best._asdict() | ({} if draft_vocab is None else {"draft_vocab": draft_vocab})
-    write_text(path, json.dumps(kept | found, indent=2) + "\n")
-    return path
-
-
-def command(model_arguments: ModelArguments, config: SweepConfig, best: Cell | None) -> str:
-    """The best cell, or autoregressive decoding, as a command to paste, with what else is not at its default."""
-    chosen: dict[str, Any] = {"generation_strategy": "autoregressive"}
-    if best is not None:
-        chosen = {"generation_strategy": config.generation_strategy} | best._asdict()
-    words = ["python", "generate.py", *flags(model_arguments)]
-    words += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    return shlex.join(words + flags(dataclasses.replace(config, generation_strategy=SweepConfig.generation_strategy)))
-
-
-def flags(arguments: Any) -> list[str]:
-    """The flags of a dataclass that are not at their defaults."""
-    words = []
-    for item in dataclasses.fields(arguments):
-        value = shown(item, getattr(arguments, item.name))
-        if value != item.default:
-            words += [f"--{flag_of(item)}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    groups = parse(*GROUPS, description=__doc__)
+    late("sweeping").look_for_the_best(*groups)
 
 
 if __name__ == "__main__":

@@ -3,39 +3,25 @@
 python train.py --data_path my_texts/ --output_dir runs/first --max_steps 1000 --learning_rate 3e-3
 torchrun --nproc_per_node 2 train.py --data_path my_texts/ --output_dir runs/second --max_steps 1000
 python train.py --recipe finetune_topv2_1.5b --model runs/first --data_path topv2/ --output_dir runs/topv2
+
+Every argument of transformers' TrainingArguments is a flag, too: --help_all shows them.
 """
 
 import sys
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from self_speculation.commands.flags import parse, with_recipe
-from self_speculation.commands.training_sets import Sizes, TrainingSets, all_texts, training_sets
-from self_speculation.decoding.draft_head import save_counts
+from self_speculation.commands.late import late
 from self_speculation.ending import one_sentence_errors
-from self_speculation.measuring.exit_report import exit_summary, exit_table, save_exits
-from self_speculation.measuring.recommendation import recommend
-from self_speculation.measuring.run_log import set_aside
 from self_speculation.prompts.arguments import TextArguments
-from self_speculation.prompts.sources import read_source
-from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS, all_present
-from self_speculation.settings import Settings, by_flag, setting
+from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS
+from self_speculation.settings import Settings, setting
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.exit_adapter_loss import prepare_exit_adapter
-from self_speculation.training.models import TrainedModelArguments, model_to_train
-from self_speculation.training.packing import Packing
-from self_speculation.training.responses import collate
-from self_speculation.training.run_record import contents_of, record_of
-from self_speculation.training.start import checked_start, only_evaluates, start
-from self_speculation.training.trainer import LayerSkipTrainer
-from self_speculation.training.whole_files import whole_files
+from self_speculation.training.model_arguments import TrainedModelArguments
 
-# NumPy's, which the Trainer seeds too.
-MOST_SEED = 2**32 - 1
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
 
@@ -61,78 +47,15 @@ class RunArguments(Settings):
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.", is_rare=True)
 
 
-def check(
-    texts: TextArguments, model: TrainedModelArguments, layerskip: LayerSkipArguments, training: TrainingArguments
-) -> None:
-    """Refuse what would only be noticed later, without a flag's name.
-
-    Raises:
-        ValueError: the sentence names the flag.
-    """
-    if not 0 <= training.seed <= MOST_SEED:
-        raise ValueError(f"--seed must be from 0 to {MOST_SEED}, not {training.seed}.")
-    if not training.output_dir:
-        raise ValueError("--output_dir must not be empty.")
-    if training.batch_eval_metrics:
-        raise ValueError("--batch_eval_metrics True does not go with the measures of every exit.")
-    if not training.eval_do_concat_batches:
-        raise ValueError("--eval_do_concat_batches False does not go with the measures of every exit.")
-    if texts.streaming and training.max_steps < 1:
-        raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
-    for flag in ("lora_rank", "anchor_weight"):
-        if getattr(layerskip, flag) and not model.model:
-            raise ValueError(f"--{flag} is for a model that goes on, and needs --model.")
-
-
-def rendezvous_seconds(args: list[str]) -> int:
-    """What `--rendezvous_timeout` says, before all flags are read; what is wrong with it is said then."""
-    parser, default = ArgumentParser(add_help=False, allow_abbrev=False), str(RENDEZVOUS_SECONDS)
-    parser.add_argument("--rendezvous_timeout", nargs="?", default=default, const=default)
-    given = parser.parse_known_args(args)[0].rendezvous_timeout
-    return int(given) if given.isdecimal() else RENDEZVOUS_SECONDS
-
-
-def make_trainer(
-    model: PreTrainedModel, datasets: TrainingSets, layerskip: LayerSkipArguments, training: TrainingArguments
-) -> LayerSkipTrainer:
-    """The trainer; says how much there is to train, and on what."""
-    blocks, held_out = datasets
-    trainer = LayerSkipTrainer(
-        model, training, train_dataset=blocks, eval_dataset=held_out, data_collator=collate, layerskip=layerskip
-    )
-    if trainer.is_world_process_zero():
-        print(f"{model.num_parameters():,} parameters, {blocks} to train on, {held_out} held out")
-    return trainer
-
-
-def report(metrics: dict[str, float], num_layers: int, output_dir: Path) -> str:
-    """Write and print how good the exits are; returns them in a line."""
-    table = exit_table(metrics, num_layers, prefix="eval_")
-    with whole_files(output_dir) as folder:
-        save_exits(table, folder)
-    print(table.to_string(index=False, float_format="{:.3f}".format))
-    return exit_summary(table)
-
-
-def recommended(
-    run: RunArguments, datasets: TrainingSets, exits: tuple[int, ...], vocab_size: int, folder: Path
-) -> str:
-    """Write what decoding will need beside the weights; returns what to say of exit layer and draft length."""
-    blocks, held_out = datasets
-    with whole_files(folder) as beside:
-        save_counts(blocks.token_counts(vocab_size), beside)
-    prompts = held_out.prompts(run.recommend_samples)
-    found = recommend(folder, prompts, run.recommend_tokens, exits) if prompts else None
-    if found is None:
-        return ""
-    best, speedup = found
-    slower = "" if speedup > 1 else f", though autoregressive decoding is faster ({speedup:.2f} ×)"
-    return f", exit layer {best.exit_layer} with {best.num_speculations} drafts recommended{slower}"
-
-
-# The flags, in the order in which `main` takes them; those of RARE come last.
+# The flags, in the order in which training takes them; those of `rare_groups` come last.
 GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments)
-RARE = (TrainingArguments,)
+
+
+def rare_groups() -> tuple[type, ...]:
+    """transformers' own flags, which --help does without: importing them takes seconds."""
+    from transformers import TrainingArguments
+
+    return (TrainingArguments,)
 
 
 @one_sentence_errors(
@@ -140,40 +63,11 @@ RARE = (TrainingArguments,)
     lower="--per_device_train_batch_size or --block_size",
 )
 def main() -> None:
+    """Train as the flags ask."""
     args = with_recipe(RECIPES, sys.argv[1:])
-    # transformers' arguments form the group of processes as they are made.
-    with all_present(rendezvous_seconds(args)):
-        run, text_arguments, model_arguments, layerskip, training = parse(
-            *GROUPS, rare=RARE, args=args, description=__doc__
-        )
-    check(text_arguments, model_arguments, layerskip, training)
-    checkpoint = checked_start(training)
-    set_seed(training.seed)
-    source = read_source(text_arguments, training.seed)
-    model, tokenizer = model_to_train(model_arguments, source.for_tokenizer)
-    folder, trains = Path(training.output_dir), not only_evaluates(training)
-    if trains:
-        prepare_exit_adapter(model, layerskip.train_exit_adapter, model_arguments.model)
-    contents = contents_of(all_texts(source), tokenizer, model, training.world_size)
-    packing = Packing(run.separate_texts, Path(run.token_cache))
-    with training.main_process_first(desc="tokenising"):
-        sizes = Sizes(model_arguments.block_size, model_arguments.eval_blocks, packing)
-        datasets = training_sets(source, tokenizer, sizes)
-    trainer = make_trainer(model, datasets, layerskip, training)
-    if trains:
-        settings = by_flag(run, text_arguments, model_arguments, layerskip)
-        start(trainer, tokenizer, checkpoint, record_of(settings, training, contents), run.resume_changed)
-    metrics = trainer.evaluate()
-    if trains:
-        trainer.save_trained()
-    if trainer.is_world_process_zero():
-        if not trains:
-            set_aside(folder, "exits")
-        num_layers = model.config.num_hidden_layers
-        summary = report(metrics, num_layers, folder)
-        if trains:
-            summary += recommended(run, datasets, layerskip.exits(num_layers), model.config.vocab_size, folder)
-        print(f"{summary}; saved in {training.output_dir}.")
+    if {"-h", "--help"} & set(args):
+        parse(*GROUPS, args=args, description=__doc__)
+    late("training_run").train(args)
 
 
 if __name__ == "__main__":

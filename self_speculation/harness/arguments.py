@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from self_speculation.generator_base import GenerationConfig
-from self_speculation.harness.model_args import DEFAULT_MAX_STEPS
+from self_speculation.decoding.config import GenerationConfig
 from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS
 from self_speculation.settings import Settings, setting
 
+# lm-eval's own, for tasks that do not say.
+DEFAULT_MAX_STEPS = 256
 VERBOSITIES = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
 

@@ -5,26 +5,28 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval import evaluate, simple_evaluate
 from lm_eval.api.task import ConfigurableTask, Task
 from sqlitedict import SqliteDict
 from tqdm import tqdm
 
-from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.fitted_prompts import FittedPrompts
 from self_speculation.harness.loaded_tasks import LoadedTasks
 from self_speculation.harness.speed_figures import SpeedFigures
 from self_speculation.harness.task_metrics import Results
 from self_speculation.log_levels import logging_at
 
+if TYPE_CHECKING:
+    from self_speculation.harness.adapter import LayerSkipLM
+
 
 @dataclass
 class Evaluation:
     """A run of lm-eval: our model, the tasks, and the options of `simple_evaluate`."""
 
-    lm: LayerSkipLM
+    lm: "LayerSkipLM"
     tasks: LoadedTasks
     options: dict[str, Any]
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from self_speculation.generator_base import GenerationConfig
+from self_speculation.harness.arguments import DEFAULT_MAX_STEPS
 from self_speculation.loading import ModelArguments
 from self_speculation.pretrained import SHARED_OPTIONS
 from self_speculation.settings import flag_of
@@ -21,8 +22,6 @@ HARNESS_OPTIONS = {
     "think_end_token",
     "truncation",
 }
-# lm-eval's own, for tasks that do not say.
-DEFAULT_MAX_STEPS = 256
 # Arguments of from_pretrained that are the weights' alone, beside those that say which files are read.
 WEIGHT_OPTIONS = {
     "attn_implementation",

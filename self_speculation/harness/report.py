@@ -1,6 +1,5 @@
-"""What an evaluation says: tables, where its files are, and all figures on the last line."""
+"""What an evaluation says: tables, where its files are, and its totals."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ SPEED_COLUMNS = {
 }
 
 
-def print_report(results: Results, path: Path) -> None:
-    """Tables, where the files are, and as the last line all figures as one JSON object."""
+def print_report(results: Results, path: Path | None) -> None:
+    """Tables, and where the files are; a picture of the exits' scores beside the results, if those are kept."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     console.print(results_table(results))
     speed = speed_table(results)
@@ -36,11 +35,13 @@ def print_report(results: Results, path: Path) -> None:
             console.print(f"{shown_on(sys.stdout, name)}: {count} prompts were shortened to fit the model's context.")
     if "exit_layers" in results:
         console.print(exits_table(results))
+    if path is None:
+        return
+    if "exit_layers" in results:
         picture = path.with_name(path.stem.replace("results", "exits") + ".png")
         plot_exits(results, picture)
         print(f"picture: {picture}")
     print(f"results: {path}")
-    print(json.dumps(totals(results), default=str))
 
 
 def results_table(results: Results) -> Table:

@@ -4,17 +4,19 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.loggers import EvaluationTracker
 
-from self_speculation.harness.adapter import LayerSkipLM
 from self_speculation.harness.task_metrics import Results
 from self_speculation.loading import ModelArguments
 from self_speculation.settings import by_flag
 
+if TYPE_CHECKING:
+    from self_speculation.harness.adapter import LayerSkipLM
 
-def described(model_arguments: ModelArguments, lm: LayerSkipLM) -> dict[str, Any]:
+
+def described(model_arguments: ModelArguments, lm: "LayerSkipLM") -> dict[str, Any]:
     """What lm-eval's result files say of the model, and what their folder is named after."""
     name = model_arguments.model
     pretrained = Path(name).resolve().name if Path(name).is_dir() else name

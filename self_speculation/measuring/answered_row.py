@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from self_speculation.decoding.request import RowStep
 from self_speculation.decoding.stopping import StopReason, StopRule
-from self_speculation.generator_base import RowStep
 
 
 @dataclass

@@ -17,8 +17,6 @@ from self_speculation.measuring.probes import PROBES, Probes
 Name = TypeVar("Name")
 
 WARM_UP_TOKENS = 32
-# More rounds say no more, and each is planned beforehand.
-MOST_REPEATS = 10_000
 
 
 @dataclass(frozen=True)

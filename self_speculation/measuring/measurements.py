@@ -9,9 +9,12 @@ the time since then, without what it took to read prompts that came later.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from self_speculation.decoding.cell import Cell
-from self_speculation.generator_base import GenerationResult
+
+if TYPE_CHECKING:
+    from self_speculation.generator_base import GenerationResult
 
 # How many batches a list is long: with more, less is lost at the end of each, and more where a run is interrupted.
 BATCHES_A_LIST = 8
@@ -39,7 +42,7 @@ class Measurement:
     cells: list[Cell] = field(default_factory=list)
 
     @classmethod
-    def of(cls, result: GenerationResult) -> "Measurement":
+    def of(cls, result: "GenerationResult") -> "Measurement":
         """What is kept of an answer."""
         return cls(
             tokens=result.tokens,

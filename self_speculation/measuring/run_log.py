@@ -17,7 +17,7 @@ from self_speculation.writing import naming
 Parsed = TypeVar("Parsed")
 
 # Arguments that may differ between a run and its resumption.
-FREE_ARGUMENTS = ("resume", "verbose", "output_dir", "rendezvous_timeout", "judge")
+FREE_ARGUMENTS = ("resume", "verbose", "output_dir", "log", "quiet", "json", "config", "rendezvous_timeout", "judge")
 
 # What a run writes after its name, and the number of a run that was set aside.
 FILE_NAME = r"(_[a-z_]+)?(\.(?P<number>\d+))?\.(json|jsonl|csv|md|png|pdf)"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.pictures import GridMap, save_map, save_scatter
 from self_speculation.measuring.prediction import Prediction, predict, profile
 from self_speculation.measuring.run_log import RunLog
+from self_speculation.measuring.search_plan import SearchPlan
 
 COLUMNS = (
     "exit_layer",
@@ -36,25 +37,6 @@ COLUMNS = (
 AUTOREGRESSIVE = "autoregressive"
 # How often the grid is widened, and by how many draft lengths, while the best cell lies at its end.
 WIDENINGS, MORE_DRAFTS = 3, 2
-
-Mode = Literal["grid", "fast", "both"]
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """How to look: the mode, and how many cells and answers are looked at how often.
-
-    `finalists` are the best cells so far, measured again `repeats` times, interleaved, to choose one. `profile_samples`
-    are the answers that a prediction looks at. In mode `both` the two modes' choices meet in `duel_repeats` rounds.
-    While the best cell has the greatest draft length, some longer ones are looked at, `draft_step` apart; None if not.
-    """
-
-    mode: Mode
-    finalists: int
-    repeats: int
-    profile_samples: int
-    duel_repeats: int
-    draft_step: int | None = None
 
 
 @dataclass(frozen=True)

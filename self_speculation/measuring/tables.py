@@ -1,6 +1,6 @@
 """Tables of what was measured, for the terminal and for a page."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -36,9 +36,14 @@ def styled(value: float | None, style: str, factor: float = 1) -> str:
 
 
 def with_spread(speedup: SpeedUp) -> str:
-    """A speed-up and its least and greatest."""
+    """A speed-up and its least and greatest; one round has no spread, nor has a strategy over itself."""
     least, greatest = speedup.speedup_spread
-    return f"{speedup.speedup:.2f} ({least:.2f}–{greatest:.2f})"
+    return f"{speedup.speedup:.2f}" + (f" ({least:.2f}–{greatest:.2f})" if least < greatest else "")
+
+
+def has_spread(speedups: Iterable[SpeedUp]) -> bool:
+    """Whether there were several rounds."""
+    return any(least < greatest for least, greatest in (one.speedup_spread for one in speedups))
 
 
 def strategy_table(figures: dict[str, StrategyFigures], columns: dict[str, Column]) -> Table:
@@ -52,13 +57,17 @@ def print_figures(figures: dict[str, StrategyFigures], console: Console) -> None
     """The benchmark's tables: speed, costs, and text where it was scored; and acceptance by draft position."""
     baseline = next(iter(figures.values())).speedup_over
     console.print(strategy_table(figures, SPEED_COLUMNS))
-    console.print(f"Speed-up: tokens/s over {baseline}'s, end to end; over the rounds, the median (least–greatest).")
+    rounds = has_spread(own.comparison.speedup for own in figures.values())
+    spread = "; over the rounds, the median (least–greatest)" if rounds else ""
+    console.print(f"Speed-up: tokens/s over {baseline}'s, end to end{spread}.")
     for own in figures.values():
         if own.ideal_decode_speedup is not None:
             sentence = "Ideal: with these drafts accepted, and nothing taking time but the passes, decoding would be"
             console.print(f"{sentence} {own.ideal_decode_speedup:.2f} times as fast as autoregressive decoding.")
     console.print()
     console.print(strategy_table(figures, COST_COLUMNS))
+    for sentence in above_all(figures.values()):
+        console.print(sentence)
     console.print(strategy_table(figures, TEXT_COLUMNS))
     for name, own in figures.items():
         counts = own.comparison.totals.counts
@@ -97,9 +106,24 @@ def choice_table(found: Sequence[Choice]) -> Table:
     return plain_table(CHOICE_COLUMNS, choice_rows(found))
 
 
+def above_all(figures: Collection[StrategyFigures]) -> Iterator[str]:
+    """How a share can be more than 100 %, where one is."""
+    if any((own.bandwidth_share or 0) > 1 for own in figures):
+        yield (
+            "More than 100 % of the bandwidth: the weights were read faster than the probe read memory, because a "
+            "cache kept some of them, or the machine was slower while the probe ran."
+        )
+    if any((own.share_of_ideal or 0) > 1 for own in figures):
+        yield (
+            "More than 100 % of the ideal: its passes are timed by themselves, after decoding, and cost more there "
+            "than they did in it. The excess is how far such a figure can be wrong."
+        )
+
+
 def finalist_table(final: dict[Cell, Comparison]) -> Table:
     """The cells that a sweep measured again."""
-    columns = ("E", "d", "tokens/s", "decode\ntokens/s", "accepted", "tokens\n/step", "speed-up\n(least–greatest)")
+    spread = "\n(least–greatest)" if has_spread(own.speedup for own in final.values()) else ""
+    columns = ("E", "d", "tokens/s", "decode\ntokens/s", "accepted", "tokens\n/step", f"speed-up{spread}")
     rows = [
         (
             *map(str, cell),

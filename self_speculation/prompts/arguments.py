@@ -18,6 +18,9 @@ DatasetName = Literal[
     "cnn_dm_lm",
     "xsum_summarization",
 ]
+# Whose prompts are written, and the datasets for which the reference implementation's are known.
+PromptStyle = Literal["own", "reference"]
+REFERENCE_STYLES = ("top_v2", "cnn_dm_summarization")
 
 
 @dataclass
@@ -46,6 +49,12 @@ class DatasetArguments(Settings):
     random_shuffle: bool = setting(True, help="Shuffle the rows, by --seed, before taking some.")
     n_shot: int = setting(
         0, help="Solved examples in front of every prompt; of a split of their own, by --seed.", at_least=0
+    )
+    prompt_style: PromptStyle = setting(
+        "own",
+        help="reference: as the reference implementation asks, for top_v2 (the utterance alone) and "
+        "cnn_dm_summarization (no blank line between shots), to compare with published figures.",
+        is_rare=True,
     )
     template: str | None = setting(None, help="Text around shots and prompt, which stand at {message}.", is_rare=True)
     chat_template: bool | None = setting(
@@ -77,6 +86,8 @@ class DatasetArguments(Settings):
             raise ValueError("--template must contain {message}.")
         if self.shots_path is not None and not self.n_shot:
             raise ValueError("--shots_path needs --n_shot of at least 1.")
+        if self.prompt_style == "reference" and self.dataset not in REFERENCE_STYLES:
+            raise ValueError(f"--prompt_style reference is for {' and '.join(REFERENCE_STYLES)}, not {self.dataset}.")
         if self.data_path is None and self.dataset in ("chat_format", "text"):
             raise ValueError(f"--dataset {self.dataset} needs --data_path.")
 

@@ -19,8 +19,9 @@ class Example:
     after: str = ""
     # Whether a shorter body is the end of the whole one, not its beginning.
     keep_end: bool = False
-    # Solved examples as text; the last is next to the row's own text.
+    # Solved examples as text, and what stands behind each; the last is next to the row's own text.
     shots: tuple[str, ...] = ()
+    between: str = "\n\n"
     template: str = "{message}"
     # The role and the text of each turn before the response, where the row is a conversation.
     turns: tuple[tuple[str, str], ...] = ()
@@ -41,7 +42,7 @@ class Example:
     @property
     def prompt(self) -> str:
         """What the model reads. No braces but the template's `{message}` mean anything."""
-        return self.template.replace("{message}", "\n\n".join([*self.shots, self.message]))
+        return self.template.replace("{message}", self.between.join([*self.shots, self.message]))
 
     def shortened(self, num_shots: int, num_words: int) -> "Example":
         """The same with its last `num_shots` shots, and with `num_words` words of the body."""

@@ -104,7 +104,10 @@ def _gsm8k(row: Row, place: str, arguments: DatasetArguments) -> Example:
 
 
 def _top_v2(row: Row, place: str, arguments: DatasetArguments) -> Example:
-    domain, utterance = text_field(row, "domain", place), text_field(row, "utterance", place)
+    utterance = text_field(row, "utterance", place)
+    if arguments.prompt_style == "reference":
+        return Example(utterance, f" {text_field(row, 'semantic_parse', place)}")
+    domain = text_field(row, "domain", place)
     return Example(f"[{domain}] {utterance}\nParse:", f" {text_field(row, 'semantic_parse', place)}")
 
 

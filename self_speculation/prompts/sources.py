@@ -130,4 +130,6 @@ def _distinct(examples: Iterator[Example], count: int) -> list[Example]:
 
 def _with_shots(example: Example, shots: list[Example], arguments: DatasetArguments) -> Example:
     texts = [shot.solved for shot in shots if shot.message != example.message]
-    return replace(example, shots=tuple(texts[: arguments.n_shot]), template=arguments.template or Example.template)
+    between = "\n" if arguments.prompt_style == "reference" else Example.between
+    template = arguments.template or Example.template
+    return replace(example, shots=tuple(texts[: arguments.n_shot]), between=between, template=template)

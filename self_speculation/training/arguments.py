@@ -2,10 +2,21 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from self_speculation.settings import Settings, setting
-from self_speculation.training.early_exit_loss import CHUNK_TOKENS, Curriculum, ExitSchedule, ExitTarget, ExitWeights
-from self_speculation.training.layer_dropout import DepthSchedule, DropoutRates, TimeSchedule
+from self_speculation.training.choices import (
+    CHUNK_TOKENS,
+    Curriculum,
+    DepthSchedule,
+    ExitTarget,
+    ExitWeights,
+    TimeSchedule,
+)
+
+if TYPE_CHECKING:
+    from self_speculation.training.early_exit_loss import ExitSchedule
+    from self_speculation.training.layer_dropout import DropoutRates
 
 
 @dataclass
@@ -90,18 +101,23 @@ class LayerSkipArguments(Settings):
         if self.anchor_weight and self.train_exit_adapter:
             raise ValueError("--anchor_weight is for a model that changes, and does not go with --train_exit_adapter.")
 
-    def dropout_rates(self, num_layers: int, num_steps: int) -> DropoutRates:
+    def dropout_rates(self, num_layers: int, num_steps: int) -> "DropoutRates":
         """p_{l,t} (4.1.1), for a model of `num_layers` layers that is trained for `num_steps` steps.
 
         None where an exit adapter is trained: the model that teaches it is whole.
         """
+        # Imports torch, which the flags do without; as below.
+        from self_speculation.training.layer_dropout import DropoutRates
+
         p_max = self.p_max if self.train_exit_adapter is None else 0.0
         return DropoutRates(
             p_max, num_layers, num_steps, schedule=self.layer_dropout_schedule, depth=self.layer_dropout_depth
         )
 
-    def exit_schedule(self, num_layers: int, num_steps: int) -> ExitSchedule:
+    def exit_schedule(self, num_layers: int, num_steps: int) -> "ExitSchedule":
         """ẽ(t, l) (4.1.2), for a model of `num_layers` layers that is trained for `num_steps` steps."""
+        from self_speculation.training.early_exit_loss import ExitSchedule
+
         return ExitSchedule(
             num_layers=num_layers,
             num_steps=num_steps,

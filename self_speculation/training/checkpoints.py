@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, what a run goes on from, and the trained model's folder."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -198,6 +199,9 @@ class WholeCheckpointTrainer(Trainer):
         self, max_steps: int, steps_per_epoch: int, num_epochs: int, *args: Any
     ) -> tuple[int, int]:
         """Epochs and batches already trained on: all of them when the run resumed is complete."""
+        # A share of the steps becomes their number, which is what a checkpoint remembers.
+        if self.args.logging_steps < 1:
+            self.args.logging_steps = max(1, math.ceil(max_steps * self.args.logging_steps))
         trained = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
         return (num_epochs, 0) if self.state.global_step >= max_steps else trained
 

@@ -13,7 +13,7 @@ Shapes: B batch, T positions, D hidden size, V vocabulary, N = B·T rows, K thos
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.families import logits_function
 from self_speculation.training.anchor import Anchor
+from self_speculation.training.choices import CHUNK_TOKENS, Curriculum, ExitTarget, ExitWeights
 from self_speculation.training.chunked_loss import (
     AnchorRows,
     ExitSums,
@@ -31,13 +32,6 @@ from self_speculation.training.chunked_loss import (
     distillation_cross_entropy,
 )
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
-
-Curriculum = Literal["rotational", "gradual", "none"]
-ExitWeights = Literal["paper", "uniform"]
-ExitTarget = Literal["labels", "last_layer", "acceptance"]
-
-# Positions whose logits are held at a time.
-CHUNK_TOKENS = 512
 
 
 def paper_weight(layer: int, num_layers: int, e_scale: float) -> float:

@@ -18,7 +18,8 @@ from transformers import EvalPrediction, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.exit_adapter import exit_norm
-from self_speculation.training.early_exit_loss import CHUNK_TOKENS, exit_logits, head_logits
+from self_speculation.training.choices import CHUNK_TOKENS
+from self_speculation.training.early_exit_loss import exit_logits, head_logits
 from self_speculation.training.exit_adapter_loss import running_adapter
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 

@@ -14,13 +14,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-TimeSchedule = Literal["exponential", "constant", "decreasing"]
-DepthSchedule = Literal["exponential", "linear", "constant"]
+from self_speculation.training.choices import DepthSchedule, TimeSchedule
 
 
 def depth_scale(layer: int, num_layers: int, schedule: DepthSchedule = "exponential") -> float:

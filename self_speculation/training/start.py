@@ -14,6 +14,7 @@ from self_speculation.training.checkpoints import (
 )
 from self_speculation.training.checks import check_checkpoint, check_numbers, check_weights
 from self_speculation.training.interruption import SaveBeforeStopping
+from self_speculation.training.outlook import Outlook
 from self_speculation.training.run_record import RunRecord
 from self_speculation.training.trainer import LayerSkipTrainer
 from self_speculation.training.whole_files import whole_files
@@ -65,6 +66,7 @@ def start(
 
     # Before the first step, so that a run that is stopped leaves all that its checkpoints need.
     trainer.add_callback(_WhenReady(write))
+    trainer.add_callback(Outlook(trainer))
     stop = SaveBeforeStopping()
     trainer.add_callback(stop)
     with stop.listening(trainer.args.world_size):

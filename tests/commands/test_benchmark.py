@@ -278,7 +278,8 @@ def test_an_earlier_run_is_set_aside(run_benchmark: Callable[..., dict[str, Any]
         for number, content in enumerate(earlier[:-1], 1):
             assert [(logs / f"benchmark.{number}.{end}").read_bytes() for end in ("json", "jsonl")] == content
     assert [len(content[1].splitlines()) for content in earlier] == [1, 2, 3]
-    assert len(list(logs.iterdir())) == 6
+    # Of each run the figures, the answers and the settings.
+    assert len(list(logs.iterdir())) == 9
 
 
 def test_the_seed_chooses_the_prompts(run_benchmark: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -327,7 +328,7 @@ def test_a_run_is_resumed(run_benchmark: Callable[..., dict[str, Any]], tmp_path
     content = log.read_bytes()
     assert unchanging(run_benchmark(*flags, "--resume", "True", "--verbose", "True")) == unchanging(figures)
     assert log.read_bytes() == content
-    assert len(list(log.parent.iterdir())) == 2
+    assert len(list(log.parent.iterdir())) == 3
 
 
 def test_a_damaged_log_is_named(

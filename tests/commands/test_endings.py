@@ -131,7 +131,7 @@ def test_sigterm_does_what_it_did_before_once_the_program_has_ended() -> None:
 def test_a_prompt_that_is_too_long_ends_the_turn_and_not_the_conversation(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typing(monkeypatch, "x" * 400, EOFError, "def second():", EOFError, EOFError)
+    typing(monkeypatch, "x" * 400, "def second():", EOFError)
     assert run(generate.main, "--max_steps", 3) == 0
     assert "the model's context is 256" in capsys.readouterr().err
     [row] = (tmp_path / "logs" / "generate.jsonl").read_text().splitlines()

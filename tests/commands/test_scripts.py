@@ -17,7 +17,8 @@ from documents import README, Command, commands
 
 from self_speculation.autoregressive_generator import EarlyExitStrategy
 from self_speculation.commands import benchmark, correctness, generate, sweep
-from self_speculation.commands.interactive import InterruptKey, read_prompts
+from self_speculation.commands.interactive import InterruptKey
+from self_speculation.commands.typed_lines import KEYS, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
 from self_speculation.measuring.probes import Probes
 from self_speculation.measuring.report_sources import read_sections
@@ -141,8 +142,8 @@ def test_correctness_reports_a_difference_and_fails(
     assert "FAIL: 2 runs" in said
 
 
-def typing(monkeypatch: pytest.MonkeyPatch, *lines: str | type[EOFError]) -> None:
-    """Somebody at the terminal types these lines; EOFError is Ctrl-D."""
+def typing(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """Somebody at the terminal types these lines; EOFError is Ctrl-D, and KeyboardInterrupt Ctrl-C."""
     typed = iter(lines)
 
     def read(prompt: str) -> str:
@@ -161,7 +162,7 @@ class TerminalWithKey(io.StringIO):
     interrupts = 1
 
     def write(self, text: str) -> int:
-        if self.interrupts and text.strip() and not text.startswith("Prompt, several lines"):
+        if self.interrupts and text.strip():
             self.interrupts -= 1
             raise KeyboardInterrupt
         return super().write(text)
@@ -170,7 +171,7 @@ class TerminalWithKey(io.StringIO):
 def test_ctrl_c_ends_the_answer_and_not_the_session(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typing(monkeypatch, "def first():", EOFError, "def second():", EOFError, EOFError)
+    typing(monkeypatch, "def first():", "def second():", EOFError)
     monkeypatch.setattr(sys, "stdout", TerminalWithKey())
     assert run(generate.main, "--max_steps", 3) == 0
     assert "interrupted" in capsys.readouterr().err
@@ -199,12 +200,17 @@ def test_under_torchrun_ctrl_c_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None
     os.close(controller)
 
 
-def test_prompts_are_typed_until_ctrl_d_and_blank_ones_are_asked_for_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    typing(monkeypatch, "def f():", "    x = 1", EOFError, "", EOFError, "more", EOFError, EOFError)
+def test_enter_sends_a_backslash_goes_on_and_ctrl_c_clears(monkeypatch: pytest.MonkeyPatch) -> None:
+    typing(monkeypatch, "def f():\\", "    x = 1", "", "wrong\\", KeyboardInterrupt, "  ", "more", EOFError)
     assert list(read_prompts()) == ["def f():\n    x = 1", "more"]
-    assert "Ctrl-D" in capsys.readouterr().out
+
+
+def test_the_keys_are_told_once(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typing(monkeypatch, "a", "b", EOFError)
+    assert run(generate.main, "--max_steps", 1) == 0
+    assert capsys.readouterr().err.count(KEYS) == 1
 
 
 BRIEF = ["--num_samples", 1, "--repeats", 1]

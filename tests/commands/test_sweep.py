@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from self_speculation.commands import generate, sweep
+from self_speculation.commands import generate, sweep, sweeping
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig
@@ -32,7 +32,8 @@ from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.prediction import Prediction
 from self_speculation.measuring.report_sources import read_sections
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.sweep import Findings, GridRow, SearchPlan, Sweep, longer_drafts, search
+from self_speculation.measuring.search_plan import SearchPlan
+from self_speculation.measuring.sweep import Findings, GridRow, Sweep, longer_drafts, search
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 6
@@ -201,7 +202,7 @@ def test_grid_measures_every_cell_and_ends_with_a_command_that_runs(
 
 def test_the_command_names_what_is_not_default() -> None:
     model_arguments = ModelArguments(model="a folder", dtype="float32")
-    command = sweep.command(model_arguments, sweep.SweepConfig(sample=False, max_new_tokens=64), Cell(3, 5))
+    command = sweeping.command(model_arguments, sweep.SweepConfig(sample=False, max_new_tokens=64), Cell(3, 5))
     assert command == (
         "python generate.py --model 'a folder' --dtype float32 --generation_strategy self_speculative "
         "--exit_layer 3 --num_speculations 5 --max_steps 64 --sample False"
@@ -210,7 +211,7 @@ def test_the_command_names_what_is_not_default() -> None:
 
 def test_where_drafts_lose_the_command_is_autoregressive_decodings() -> None:
     model_arguments = ModelArguments(model="a folder")
-    command = sweep.command(model_arguments, sweep.SweepConfig(sample=False), None)
+    command = sweeping.command(model_arguments, sweep.SweepConfig(sample=False), None)
     assert command == "python generate.py --model 'a folder' --generation_strategy autoregressive --sample False"
 
 
@@ -237,7 +238,7 @@ def findings(best: Cell, speedup: float) -> Findings:
 )
 def test_what_should_be_known_of_the_best_cell(best: Cell, speedup: float, sentences: list[str]) -> None:
     cells = list(itertools.starmap(Cell, itertools.product((3, 5), (2, 4))))
-    found = list(sweep.advice(findings(best, speedup), cells))
+    found = list(sweeping.advice(findings(best, speedup), cells))
     assert len(found) == len(sentences)
     for sentence, pattern in zip(found, sentences, strict=True):
         assert re.search(pattern, sentence)
@@ -300,13 +301,13 @@ def test_a_choice_is_kept_beside_the_weights(tmp_path: Path) -> None:
     cases = [{"dtype": "float32", "exit_layer": 1, "num_speculations": 1}]
     path = tmp_path / "layerskip.json"
     path.write_text(json.dumps({"exit_layer": 9, "num_speculations": 9, "draft_vocab": 7, "cases": cases}))
-    assert sweep.save(tmp_path, Cell(3, 2), None) == path
+    assert sweeping.save(tmp_path, Cell(3, 2), None) == path
     assert json.loads(path.read_text()) == {"exit_layer": 3, "num_speculations": 2, "cases": cases}
-    sweep.save(tmp_path, Cell(4, 1), 200)
+    sweeping.save(tmp_path, Cell(4, 1), 200)
     assert read_recommendation(str(tmp_path), num_layers=6).draft_vocab == 200
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"^--save True: \S*layerskip\.json is not a JSON object\.$"):
-        sweep.save(tmp_path, Cell(3, 2), None)
+        sweeping.save(tmp_path, Cell(3, 2), None)
 
 
 def test_a_choice_needs_a_folder(run_sweep: Run, capsys: pytest.CaptureFixture[str], logs: Path) -> None:

@@ -83,6 +83,10 @@ def test_main_trains_resumes_and_writes_what_transformers_loads(
     assert (output / COUNTS_FILE).is_file()
     said = capsys.readouterr().out
     assert "exit_layer" in said
+    assert "A checkpoint takes " in said
+    assert said.count("{'loss': ") == 3
+    settings = json.loads((output / "train_settings.json").read_text())
+    assert settings.items() >= {"max_steps": 3, "save_steps": 2, "num_layers": 2}.items()
     last_line = said.splitlines()[-1]
     assert last_line.startswith(f"Loss {table['loss'][1]:.3f} (perplexity {table['perplexity'][1]:.2f}), agreement")
     assert f"exit layer 1 with {advice['num_speculations']} drafts recommended" in last_line
@@ -93,6 +97,7 @@ def test_main_trains_resumes_and_writes_what_transformers_loads(
     for value, written in (("True", set()), (str(output / "checkpoint-2"), {"checkpoint-3"})):
         assert new_checkpoints(run, output, resume, value) == written
         assert (output / "model.safetensors").read_bytes() == whole
+    assert "Going on after step 2 of 3: the learning rate is " in capsys.readouterr().out
     shutil.rmtree(output / "checkpoint-3")
     (output / INCOMPLETE_FOLDER / "checkpoint-3").mkdir(parents=True)
     assert new_checkpoints(run, output, resume, "True") == {"checkpoint-3"}

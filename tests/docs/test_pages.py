@@ -17,7 +17,7 @@ from self_speculation.settings import flag_of
 
 MAX_TABLE = 100
 # What belongs to other programs, or to every program.
-OTHER_FLAGS = {"help", "help_all", "version", "check", "gpus"}
+OTHER_FLAGS = {"help", "help_all", "version", "check", "gpus", "no_log"}
 ON_CPU = ["--bf16", "False", "--use_cpu", "True"]
 PAPER_INDEX = ROOT / "docs" / "paper_index.md"
 
@@ -32,7 +32,8 @@ def module_of(program: str) -> ModuleType:
 
 def flags_of(module: ModuleType) -> set[str]:
     """The flags that a program can have: its groups', and those of every dataclass that a benchmark knows."""
-    groups = filter(dataclasses.is_dataclass, vars(module).values())
+    own = filter(dataclasses.is_dataclass, vars(module).values())
+    groups = [*own, *getattr(module, "rare_groups", tuple)()]
     fields = [field for group in groups for field in dataclasses.fields(group)]
     return {name for field in fields for name in (field.name, flag_of(field))}
 

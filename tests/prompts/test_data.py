@@ -509,3 +509,20 @@ def test_real_rows_of_top_v2(data_folder: Path) -> None:
     examples = read_examples(DatasetArguments(dataset="top_v2", n_shot=3, num_samples=50, **flags), 0)
     assert len({example.row["domain"] for example in examples}) > 3
     assert all(example.response.startswith(" [IN:") and example.prompt.endswith("Parse:") for example in examples)
+
+
+def test_prompts_as_the_reference_asks(tmp_path: Path) -> None:
+    """TOPv2's are the utterance alone, and no blank line stands between shots."""
+    path = tmp_path / "rows.jsonl"
+    for name in ("top_v2", "cnn_dm_summarization"):
+        path.write_text(json.dumps(SOURCE_ROWS[name]) + "\n")
+        asked = prompts(dataset=name, data_path=str(path), prompt_style="reference")
+        assert asked == (["Wake me"] if name == "top_v2" else prompts(dataset=name, data_path=str(path)))
+    rows = [SOURCE_ROWS["cnn_dm_summarization"] | {"highlights": f"s{number}"} for number in range(3)]
+    rows = [row | {"article": f"a{number}"} for number, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"dataset": "cnn_dm_summarization", "data_path": str(path), "n_shot": 1, "num_samples": 1}
+    [own], [reference] = prompts(**flags), prompts(**flags, prompt_style="reference")
+    assert own.count("Summary:") == reference.count("Summary:") == 2
+    shot, rest = own.split("\n\nSummarize", 1)
+    assert reference == f"{shot}\nSummarize{rest}"
