@@ -10,8 +10,9 @@ Shapes: B batch, T tokens, the padding included.
 """
 
 import copy
+import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from self_speculation.decoding.config import MOST_SEED, GenerationConfig
-from self_speculation.decoding.early_exit import check_supported
+from self_speculation.decoding.early_exit import check_exit_layer, check_supported
 from self_speculation.decoding.request import GenerationRequest
 from self_speculation.decoding.stopping import StopRule
+from self_speculation.exit_adapter import read_beside
 from self_speculation.generator_base import GenerationStrategy
 from self_speculation.kept_strategies import KeptStrategies
 from self_speculation.loading import advice_for
@@ -60,6 +62,18 @@ def generate(inputs: Tensor | None = None, *, model: LlamaForCausalLM, **given: 
     # The class's: the model's own may be this function.
     own: Any = type(model).generate
     return own(model, inputs, custom_generate=decoding, **_with_stop_strings(given))
+
+
+def install(model: LlamaForCausalLM, **settings: Any) -> None:
+    """Let the model's own `generate` decode self-speculatively; settings are those of `layerskip_generate`.
+
+    Raises:
+        ValueError: the model cannot exit early, or not at this layer.
+    """
+    check_supported(model)
+    read_beside(model)
+    check_exit_layer(settings.get("exit_layer") or advice_for(model).exit_layer, model)
+    vars(model)["generate"] = functools.partial(generate, model=model, **settings)
 
 
 def layerskip_generate(
@@ -91,6 +105,7 @@ def layerskip_generate(
     given = _Prepared(model, input_ids, prepared)
     with python_errors():
         check_supported(model)
+        read_beside(model)
         given.check()
         config = given.config(exit_layer=exit_layer, num_speculations=num_speculations, compile=compile)
         with KeptStrategies.of(model).lent(config) as strategy:
@@ -123,10 +138,11 @@ class _Prepared:
         """Refuse what cannot be honoured."""
         if self.mode not in MODES:
             raise ValueError(f"{NAME} decodes greedily or samples; it does no {self.mode.value.replace('_', ' ')}.")
-        wanted = NOT_RETURNED if self.asked.return_dict_in_generate else ()
-        for name in (*wanted, *REFUSED):
-            if getattr(self.asked, name) not in (None, False, 1):
-                raise ValueError(f"{NAME} does not support {name}, which is {getattr(self.asked, name)!r:.40}.")
+        asked_for = NOT_RETURNED if self.asked.return_dict_in_generate else ()
+        wanted = [name for name in asked_for if getattr(self.asked, name)]
+        wanted += [name for name in REFUSED if getattr(self.asked, name) not in (None, 1)]
+        if wanted:
+            raise ValueError(f"{NAME} does not support {', '.join(wanted)}.")
         if self.arguments.get("inputs_embeds") is not None:
             raise ValueError(f"{NAME} reads token ids, not inputs_embeds.")
         cache = self.arguments.get("past_key_values")
@@ -186,7 +202,10 @@ class _Prepared:
         if not self.processors:
             return {range(len(prompts)): GenerationRequest(prompts, config, rule)}
         return {
-            range(row, row + 1): GenerationRequest([prompt], config, rule, LogitsProcessorList([self._shown(row)]))
+            # Rows that are alone would draw the same for equal prompts.
+            range(row, row + 1): GenerationRequest(
+                [prompt], replace(config, seed=config.seed ^ row), rule, LogitsProcessorList([self._shown(row)])
+            )
             for row, prompt in enumerate(prompts)
         }
 
@@ -214,9 +233,9 @@ def _with_stop_strings(given: dict[str, Any]) -> dict[str, Any]:
     strings = given.get("stop_strings") or (config.stop_strings if config else None)
     if not strings or given.get("tokenizer") is None:
         return given
-    criterion = StopStringCriteria(given["tokenizer"], strings)
-    criteria = StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criterion])
+    own = {name: value for name, value in given.items() if name != "stop_strings"}
     if config is not None:
-        config = copy.deepcopy(config)
-        config.stop_strings = None
-    return given | {"stop_strings": None, "generation_config": config, "stopping_criteria": criteria}
+        own["generation_config"] = copy.deepcopy(config)
+        own["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(given["tokenizer"], strings)
+    return own | {"stopping_criteria": StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criterion])}
