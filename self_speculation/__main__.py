@@ -1,4 +1,4 @@
-"""The program `layerskip`: one verb for each of the scripts.
+"""The program `layerskip`: one verb for each of the scripts, and two more.
 
 layerskip generate --generation_strategy self_speculative --prompt "class Stack:"
 layerskip benchmark --help
@@ -17,6 +17,8 @@ VERBS = {
     "sweep": "find the fastest exit layer and draft length",
     "eval": "score a model with lm-evaluation-harness",
     "train": "train with layer dropout and early-exit loss",
+    "export": "write a model folder that decodes self-speculatively in transformers",
+    "serve": "serve a model as OpenAI's interface does",
 }
 HELP = "\n".join(
     ["usage: layerskip VERB [--FLAG VALUE ...]", ""]
@@ -24,7 +26,14 @@ HELP = "\n".join(
     + ["", "layerskip VERB --help lists its flags; layerskip --version says which release this is."]
 )
 # What `pip install` takes for the verbs that need more than decoding does.
-EXTRAS = {"correctness": "bench", "benchmark": "bench", "sweep": "bench", "eval": "eval", "train": "train"}
+EXTRAS = {
+    "correctness": "bench",
+    "benchmark": "bench",
+    "sweep": "bench",
+    "eval": "eval",
+    "train": "train",
+    "serve": "serve",
+}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from self_speculation import __version__
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.ending import fail
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
@@ -26,6 +27,21 @@ class OutputArguments(Settings):
     """Where results go."""
 
     output_dir: str = setting("./logs", help="Folder for results.")
+
+
+@dataclass
+class DraftArguments(Settings):
+    """What drafts."""
+
+    exit_layer: int | None = setting(
+        None, help="E: layers that draft (1 to L). Default: the checkpoint's recommendation.", at_least=1
+    )
+    num_speculations: int | None = setting(
+        None,
+        help="d: tokens drafted a step. Default: the checkpoint's recommendation.",
+        at_least=0,
+        at_most=MOST_SPECULATIONS,
+    )
 
 
 def parse(
