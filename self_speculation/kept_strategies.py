@@ -7,7 +7,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
-from self_speculation.strategies import NO_OTHERS, strategy_type
+from self_speculation.strategies import strategy_type
 
 ATTRIBUTE = "_kept_strategies"
 
@@ -35,23 +35,16 @@ class KeptStrategies:
         """A model that is copied, or sent to another process, has none yet."""
         return type(None), ()
 
-    def take(self, config: GenerationConfig) -> GenerationStrategy:
-        """A strategy of the kind that the config names, for one answer."""
-        kind = strategy_type(config, NO_OTHERS)
-        try:
-            return self.idle.setdefault(kind, []).pop()
-        except IndexError:
-            return kind(self.model)
-
-    def give_back(self, strategy: GenerationStrategy) -> None:
-        """The answer is complete, or given up."""
-        self.idle[type(strategy)].append(strategy)
-
     @contextmanager
     def lent(self, config: GenerationConfig) -> Iterator[GenerationStrategy]:
-        """A strategy, for as long as this lasts."""
-        strategy = self.take(config)
+        """A strategy of the kind that the config names, for as long as this lasts."""
+        kind = strategy_type(config)
+        idle = self.idle.setdefault(kind, [])
+        try:
+            strategy = idle.pop()
+        except IndexError:
+            strategy = kind(self.model)
         try:
             yield strategy
         finally:
-            self.give_back(strategy)
+            idle.append(strategy)

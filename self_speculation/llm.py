@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -139,10 +140,11 @@ class LayerSkip:
         with python_errors():
             config = self.config(**settings)
             asked, config = (prompt, config) if isinstance(prompt, str) else self._conversation(prompt, config)
-            strategy = KeptStrategies.of(self.model).take(config)
-            request = HuggingfaceLlamaGenerator(self.tokenizer, strategy).request([asked], config)
-            strategy.prepare(request)
-        return self._pieces(strategy, request)
+            with ExitStack() as lending:
+                strategy = lending.enter_context(KeptStrategies.of(self.model).lent(config))
+                request = HuggingfaceLlamaGenerator(self.tokenizer, strategy).request([asked], config)
+                strategy.prepare(request)
+                return self._pieces(strategy, request, lending.pop_all())
 
     def config(self, **settings: Any) -> GenerationConfig:
         """The settings, with those that the checkpoint recommends."""
@@ -156,16 +158,13 @@ class LayerSkip:
         stops = [*(config.stop_token_ids or ()), *([] if end is None else [end])]
         return template.text(messages), dataclasses.replace(config, stop_token_ids=stops)
 
-    def _pieces(self, strategy: GenerationStrategy, request: GenerationRequest) -> Iterator[str]:
+    def _pieces(self, strategy: GenerationStrategy, request: GenerationRequest, lending: ExitStack) -> Iterator[str]:
         """What each step makes certain of the text; at the end, or when it is left, the strategy is given back."""
         answer, num_shown = GenerationResult(), 0
-        try:
-            with python_errors():
-                for step in strategy.steps(request):
-                    answer.collect(step.rows[0], seconds=0.0, is_prefill=False)
-                    text = request.stop_rule.text(answer.tokens, finished=answer.stop_reason is not None)
-                    if len(text) > num_shown:
-                        yield text[num_shown:]
-                        num_shown = len(text)
-        finally:
-            KeptStrategies.of(self.model).give_back(strategy)
+        with lending, python_errors():
+            for step in strategy.steps(request):
+                answer.collect(step.rows[0], seconds=0.0, is_prefill=False)
+                text = request.stop_rule.text(answer.tokens, finished=answer.stop_reason is not None)
+                if len(text) > num_shown:
+                    yield text[num_shown:]
+                    num_shown = len(text)
