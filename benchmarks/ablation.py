@@ -43,6 +43,7 @@ from benchmarks.small_models import (
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.decoding.cell import Cell
 from self_speculation.ending import one_sentence_errors
+from self_speculation.measuring.colours import BLUE, GREEN, GREY, MARKERS, VERMILION
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
@@ -57,7 +58,7 @@ from self_speculation.training.tokenizer import train_tokenizer
 LEFT_OUT = ["site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"]
 # The split of the held-out blocks into those for the loss and those for prompts.
 SPLIT_SEED = 0
-COLOURS = {"baseline": "tab:grey", "layer dropout": "tab:blue", "early-exit loss": "tab:orange", "both": "tab:green"}
+COLOURS = {"baseline": GREY, "layer dropout": BLUE, "early-exit loss": VERMILION, "both": GREEN}
 # The groups of bars are 1 apart.
 BAR_WIDTH = 0.2
 # The draft length whose acceptance the table gives: the rule for checkpoints that recommend nothing.
@@ -276,9 +277,9 @@ def draw(losses: pd.DataFrame, table: pd.DataFrame, path: Path) -> Figure:
 
 
 def _draw_losses(axes: Axes, losses: pd.DataFrame) -> None:
-    for variant, own in losses.groupby("variant", sort=False):
+    for marker, (variant, own) in zip(MARKERS, losses.groupby("variant", sort=False), strict=False):
         spread = own.groupby("exit_layer")["loss"].agg(["mean", "min", "max"])
-        axes.plot(spread.index, spread["mean"], marker="o", markersize=4, color=COLOURS[variant], label=variant)
+        axes.plot(spread.index, spread["mean"], marker=marker, markersize=4, color=COLOURS[variant], label=variant)
         axes.fill_between(spread.index, spread["min"], spread["max"], color=COLOURS[variant], alpha=0.2, linewidth=0)
     axes.set(xlabel="exit layer", ylabel="nats per token", title="Loss on held-out files")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,8 +3,9 @@
 python benchmarks/batch_sizes.py --dtype float32 --max_steps 64 --repeats 3 --batch_sizes 1 2 4 8 16 32
 
 Every batch size answers the same prompts, greedily, by autoregressive and by self-speculative decoding, interleaved in
-one process. Throughput is a batch's new tokens over its seconds. Latency is what a row waits: the seconds that its
-batch takes after the first tokens, over the row's own tokens after them; a row that ends early waits for the others.
+one process, in lists of eight batches: a row that ends is replaced by the next prompt of its list. Throughput is a
+list's new tokens over its seconds. Latency is what a row waits: its own seconds after its first tokens, over its own
+tokens after them.
 
 Writes OUTPUT_DIR/batch_sizes.csv, .png and .json. Every text is compared with the one that its prompt gets alone, and
 judged token by token, as by correctness.py; the exit code is 1 if a token is wrong, in float32 also if more than 1 % of
@@ -34,12 +35,13 @@ from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.measuring.colours import line_style
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport
 from self_speculation.measuring.figures import Times, Totals
 from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.line_up import line_up
-from self_speculation.measuring.measurements import Round, ratio
+from self_speculation.measuring.measurements import Round, list_size, ratio
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
@@ -160,17 +162,18 @@ def measure(
 
     A round goes through the prompts once, with all sizes side by side, so that no size has a quiet minute to itself.
     """
-    sizes = arguments.batch_sizes
+    sizes = {size: list_size(size, len(prompts)) for size in arguments.batch_sizes}
     for contestant, size in itertools.product(contestants.values(), sizes):
         contestant.warm_up([max(prompts, key=len)] * size)
-    batches = [(size, start) for size in sizes for start in range(0, len(prompts), size)]
-    batches.sort(key=lambda batch: batch[1] + batch[0] / 2)
+    lists = [(size, start) for size, length in sizes.items() for start in range(0, len(prompts), length)]
+    lists.sort(key=lambda one: one[1] + sizes[one[0]] / 2)
     rounds: Batched = {key: [] for key in itertools.product(contestants, sizes)}
-    progress = tqdm(total=arguments.repeats * len(batches), desc="Measuring", unit="batch")
+    progress = tqdm(total=arguments.repeats * len(lists), desc="Measuring", unit="list")
     for repeat in range(arguments.repeats):
-        found = {(name, size): Round(batch_size=size) for name, size in rounds}
-        for turn, (size, start) in enumerate(batches, repeat):
-            for name, answers in interleaved(contestants, prompts[start : start + size], turn).items():
+        found = {(name, size): Round(list_size=sizes[size]) for name, size in rounds}
+        for turn, (size, start) in enumerate(lists, repeat):
+            own = {name: dataclasses.replace(contestant, batch_size=size) for name, contestant in contestants.items()}
+            for name, answers in interleaved(own, prompts[start : start + sizes[size]], turn).items():
                 found[name, size].measurements += answers
             progress.update()
         for (name, size), one in found.items():
@@ -223,10 +226,10 @@ def save_picture(rows: list[dict[str, Any]], config: GenerationConfig, path: Pat
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     throughput, latency = figure.subplots(1, 2)
     labels = ("autoregressive", f"self_speculative, E = {config.exit_layer}, d = {config.num_speculations}")
-    for strategy, label in zip(STRATEGIES, labels, strict=True):
-        own = [row for row in rows if row["strategy"] == strategy]
-        draw(throughput, own, "tokens_per_second", 1, label)
-        draw(latency, own, "decode_seconds_per_token", 1e3, label)
+    for index, (strategy, label) in enumerate(zip(STRATEGIES, labels, strict=True)):
+        own, style = [row for row in rows if row["strategy"] == strategy], line_style(index) | {"label": label}
+        draw(throughput, own, "tokens_per_second", 1, style)
+        draw(latency, own, "decode_seconds_per_token", 1e3, style)
     throughput.set(title="Throughput: all rows together", ylabel="tokens/s, prompts included")
     latency.set(title="Latency: what a row waits", ylabel="ms per token of a row, after the first")
     for axes in (throughput, latency):
@@ -235,12 +238,12 @@ def save_picture(rows: list[dict[str, Any]], config: GenerationConfig, path: Pat
     figure.savefig(path, dpi=130)
 
 
-def draw(axes: Axes, rows: list[dict[str, Any]], name: str, factor: float, label: str) -> None:
+def draw(axes: Axes, rows: list[dict[str, Any]], name: str, factor: float, style: dict[str, str]) -> None:
     """A figure of one strategy as a line in its band."""
     sizes = [row["batch_size"] for row in rows]
     middle, least, most = ([row[name + end] * factor for row in rows] for end in ("", "_least", "_greatest"))
-    [line] = axes.plot(sizes, middle, marker="o", label=label)
-    axes.fill_between(sizes, least, most, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.plot(sizes, middle, **style)
+    axes.fill_between(sizes, least, most, alpha=0.2, color=style["color"], linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
@@ -256,7 +259,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "over\nbatch 1",
         "decode\ntokens/s",
         "ms/token\nof a row",
-        "s/batch",
+        "s/list",
         "texts as\nalone",
     )
     return plain_table(("strategy", *heads), map(as_text, rows))

@@ -267,7 +267,7 @@ class ShapeStudy:
             contestant.run(self.prompts(size))
         for turn in range(self.arguments.repeats):
             for name, answers in interleaved(contestants, self.prompts(size), turn).items():
-                rounds[name].append(Round(answers, batch_size=size))
+                rounds[name].append(Round(answers, list_size=size))
         self.batches[size] = {name: self.figures(name, rounds) for name in OWN}
         return {"batches": self.batches}
 

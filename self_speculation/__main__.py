@@ -1,4 +1,4 @@
-"""The program `layerskip`: one verb for each of the scripts, and two more.
+"""The program `layerskip`: one verb for each of the scripts, and three more.
 
 layerskip generate --generation_strategy self_speculative --prompt "class Stack:"
 layerskip benchmark --help
@@ -19,6 +19,7 @@ VERBS = {
     "train": "train with layer dropout and early-exit loss",
     "export": "write a model folder that decodes self-speculatively in transformers",
     "serve": "serve a model as OpenAI's interface does",
+    "report": "show what they wrote as a page of HTML",
 }
 HELP = "\n".join(
     ["usage: layerskip VERB [--FLAG VALUE ...]", ""]
@@ -33,6 +34,7 @@ EXTRAS = {
     "eval": "eval",
     "train": "train",
     "serve": "serve",
+    "report": "bench",
 }
 
 

@@ -3,6 +3,7 @@
 A strategy writes one method, `steps`. Collecting, timing and streaming are clients of the steps it yields.
 """
 
+import dataclasses
 import operator
 import time
 from abc import ABC, abstractmethod
@@ -36,11 +37,13 @@ __all__ = [
 
 @dataclass
 class GenerationResult:
-    """An answer, and what a benchmark needs to know of it. Times are of the row's whole batch, in seconds.
+    """An answer, and what a benchmark needs to know of it.
 
+    Times are in seconds, from when its prompt began to be read to its last token, in whatever company.
     `first_token_seconds` ends with the first delivery of tokens and contains the prefill; `decode_seconds` begins
-    there. `prefill_seconds` is 0 where prefill and first tokens come as one. `stop_reason` is None where the answer was
-    interrupted.
+    there. `prefill_seconds` is 0 where prefill and first tokens come as one. Of answers that were asked for together,
+    `request_seconds` is how long all of them took, and `begun_after` how many steps there were before this one's.
+    `stop_reason` is None where the answer was interrupted.
     """
 
     text: str = ""
@@ -50,12 +53,14 @@ class GenerationResult:
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
     steps: list[RowStep] = field(default_factory=list)
+    request_seconds: float = 0.0
+    begun_after: int = 0
 
-    def collect(self, step: RowStep, seconds: float, is_prefill: bool) -> None:
+    def collect(self, step: RowStep, seconds: float) -> None:
         """Add a step and the time that it took; the text is made at the end."""
-        self.stop_reason = self.stop_reason or step.stop_reason
-        if is_prefill:
-            self.prefill_seconds = seconds
+        self.stop_reason = step.stop_reason
+        if not self.steps and not step.tokens:
+            self.prefill_seconds += seconds
         if not self.steps:
             self.first_token_seconds += seconds
         else:
@@ -105,6 +110,19 @@ class GenerationResult:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass
+class RequestClock:
+    """The steps and seconds that a request has taken so far; reading prompts is no step."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    def add(self, step: GenerationStep, seconds: float) -> None:
+        """One more step, or prompts were read."""
+        self.steps += any(row is not None and row.tokens for row in step.rows)
+        self.seconds += seconds
+
+
 def synchronize() -> None:
     """Wait until the device has done what it was given."""
     if torch.cuda.is_available():
@@ -129,13 +147,15 @@ class GenerationStrategy(ABC):
 
     It declares what it takes, so that no client needs to know which one it has. `uses` names the settings of
     `GenerationConfig` that a checkpoint may recommend to it. `takes_batches` and `takes_batched_processors`: whether it
-    answers several prompts at once, and whether logits processors may look at them. `warms_up_whole`: whether only an
-    answer of full length, first, leaves nothing to be compiled later.
+    answers several prompts at once, and whether logits processors may look at them. `keeps_batches_full`: whether a
+    prompt that waits takes the place of a row that has ended. `warms_up_whole`: whether only an answer of full length,
+    first, leaves nothing to be compiled later.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()
     takes_batches: ClassVar[bool] = True
     takes_batched_processors: ClassVar[bool] = True
+    keeps_batches_full: ClassVar[bool] = False
     warms_up_whole: ClassVar[bool] = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -261,10 +281,12 @@ class HuggingfaceLlamaGenerator:
         config: GenerationConfig,
         streamer: StepStreamer | BaseStreamer | None = None,
         logits_processors: LogitsProcessorList | None = None,
+        batch_size: int | None = None,
     ) -> list[GenerationResult]:
-        """Answer a ragged batch of prompts, texts or token ids; a streamer takes a batch of one.
+        """Answer prompts, texts or token ids, in their order; a streamer takes a single one.
 
-        A bare text is a batch of one; an empty batch has no answers.
+        All are one ragged batch, or at most `batch_size` of them at a time: where the strategy can, the next prompt
+        takes the place of a row that has ended. A bare text is a batch of one; an empty batch has no answers.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if len(prompts) == 0 and streamer is None:
@@ -273,21 +295,47 @@ class HuggingfaceLlamaGenerator:
             raise ValueError(f"A streamer shows one answer, but there are {len(prompts)} prompts.")
         request = self.request(prompts, config, logits_processors)
         results = [GenerationResult() for _ in prompts]
-        self.strategy.prepare(request)
         if isinstance(streamer, BaseStreamer):
             streamer = TokenStreamer(streamer)
         if streamer is not None:
             streamer.begin(request.prompts[0], request.stop_rule)
-        for index, (step, seconds) in enumerate(self._timed_steps(request)):
-            for result, row in zip(results, step.rows, strict=True):
-                result.collect(row, seconds, is_prefill=index == 0)
-            if streamer is not None:
-                streamer.update(step.rows[0])
+        first = 0
+        clock = RequestClock()
+        for part in self._parts(request, batch_size):
+            self._collect(part, results[first : first + len(part.prompts)], streamer, clock)
+            first += len(part.prompts)
         for result in results:
             result.text = request.stop_rule.text(result.tokens, finished=True)
+            result.request_seconds = clock.seconds
         if streamer is not None:
             streamer.end()
         return results
+
+    def _parts(self, request: GenerationRequest, batch_size: int | None) -> list[GenerationRequest]:
+        """The requests that the strategy gets. Prompts that are answered one by one know nothing of one another."""
+        if batch_size is None or batch_size >= len(request.prompts):
+            return [request]
+        if batch_size > 1 and self.strategy.keeps_batches_full:
+            return [dataclasses.replace(request, batch_size=batch_size)]
+        return request.split(batch_size)
+
+    def _collect(
+        self,
+        request: GenerationRequest,
+        results: list[GenerationResult],
+        streamer: StepStreamer | None,
+        clock: "RequestClock",
+    ) -> None:
+        """Let the strategy answer."""
+        self.strategy.prepare(request)
+        for step, seconds in self._timed_steps(request):
+            for result, row in zip(results, step.rows, strict=True):
+                if row is not None and result.stop_reason is None:
+                    result.begun_after = result.begun_after if result.steps else clock.steps
+                    result.collect(row, seconds)
+            clock.add(step, seconds)
+            if streamer is not None and step.rows[0] is not None:
+                streamer.update(step.rows[0])
 
     def _decode(self, tokens: list[int]) -> str:
         """The text of one answer; the tokenizer's annotation has that of several, too."""

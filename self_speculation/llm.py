@@ -58,33 +58,59 @@ class LayerSkip:
 
     @overload
     def generate(
-        self, prompts: str, details: Literal[False] = False, streamer: Streamer = None, **settings: Any
+        self,
+        prompts: str,
+        details: Literal[False] = False,
+        streamer: Streamer = None,
+        batch_size: int | None = None,
+        **settings: Any,
     ) -> str: ...
 
     @overload
     def generate(
-        self, prompts: str, details: Literal[True], streamer: Streamer = None, **settings: Any
+        self,
+        prompts: str,
+        details: Literal[True],
+        streamer: Streamer = None,
+        batch_size: int | None = None,
+        **settings: Any,
     ) -> GenerationResult: ...
 
     @overload
     def generate(
-        self, prompts: Prompts, details: Literal[False] = False, streamer: Streamer = None, **settings: Any
+        self,
+        prompts: Prompts,
+        details: Literal[False] = False,
+        streamer: Streamer = None,
+        batch_size: int | None = None,
+        **settings: Any,
     ) -> list[str]: ...
 
     @overload
     def generate(
-        self, prompts: Prompts, details: Literal[True], streamer: Streamer = None, **settings: Any
+        self,
+        prompts: Prompts,
+        details: Literal[True],
+        streamer: Streamer = None,
+        batch_size: int | None = None,
+        **settings: Any,
     ) -> list[GenerationResult]: ...
 
     def generate(
-        self, prompts: str | Prompts, details: bool = False, streamer: Streamer = None, **settings: Any
+        self,
+        prompts: str | Prompts,
+        details: bool = False,
+        streamer: Streamer = None,
+        batch_size: int | None = None,
+        **settings: Any,
     ) -> str | GenerationResult | list[str] | list[GenerationResult]:
-        """Answer one prompt with its text, or several, as one ragged batch, with a list of texts.
+        """Answer one prompt with its text, or several with a list of texts.
 
         Args:
             prompts: a text, or a list of texts or of lists of token ids.
             details: give a `GenerationResult` for each text, which has tokens, times and what was accepted.
             streamer: shows the answer to a single prompt while it grows.
+            batch_size: how many prompts are answered at once; all, as one ragged batch, by default.
             settings: fields of `GenerationConfig`.
 
         Raises:
@@ -94,7 +120,9 @@ class LayerSkip:
         with python_errors():
             config = self.config(**settings)
             with KeptStrategies.of(self.model).lent(config) as strategy:
-                results = HuggingfaceLlamaGenerator(self.tokenizer, strategy).generate(asked, config, streamer)
+                results = HuggingfaceLlamaGenerator(self.tokenizer, strategy).generate(
+                    asked, config, streamer, batch_size=batch_size
+                )
         if isinstance(prompts, str):
             return results[0] if details else results[0].text
         return results if details else [result.text for result in results]
@@ -160,11 +188,12 @@ class LayerSkip:
 
     def _pieces(self, strategy: GenerationStrategy, request: GenerationRequest, lending: ExitStack) -> Iterator[str]:
         """What each step makes certain of the text; at the end, or when it is left, the strategy is given back."""
-        answer, num_shown = GenerationResult(), 0
+        tokens: list[int] = []
+        num_shown = 0
         with lending, python_errors():
-            for step in strategy.steps(request):
-                answer.collect(step.rows[0], seconds=0.0, is_prefill=False)
-                text = request.stop_rule.text(answer.tokens, finished=answer.stop_reason is not None)
+            for row in (row for step in strategy.steps(request) for row in step.rows if row is not None):
+                tokens += row.tokens
+                text = request.stop_rule.text(tokens, finished=row.stop_reason is not None)
                 if len(text) > num_shown:
                     yield text[num_shown:]
                     num_shown = len(text)

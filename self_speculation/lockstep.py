@@ -69,11 +69,15 @@ class Lockstep:
         """Take steps until each of the rows has a token of this number, or has ended for good."""
         for source in self.sources:
             while any(row in needed and self._waits(row, number) for row in source.rows):
-                step = next(source.steps)
-                for row, taken in zip(source.rows, step.rows, strict=True):
-                    self.answers[row] += taken.tokens
-                    if taken.stop_reason is not None:
-                        self.exhausted.add(row)
+                self._take(next(source.steps), source.rows)
+
+    def _take(self, step: GenerationStep, rows: Sequence[int]) -> None:
+        """What a step gave the rows, and which of them it ended."""
+        for row, taken in zip(rows, step.rows, strict=True):
+            if taken is not None:
+                self.answers[row] += taken.tokens
+                if taken.stop_reason is not None:
+                    self.exhausted.add(row)
 
     def _waits(self, row: int, number: int) -> bool:
         return row not in self.exhausted and len(self.answers[row]) <= number

@@ -47,11 +47,12 @@ class SelfSpeculativeStrategy(StepwiseStrategy):
 class AdaptiveStrategy(SelfSpeculativeStrategy):
     """Begins at `config.exit_layer`, and goes where its counts and the measured seconds of steps lead.
 
-    An exit adapter drafts at its own exit only: with one, E stays, and d is chosen.
+    An exit adapter drafts at its own exit only: with one, E stays, and d is chosen. Another `policy` may choose.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, policy: Callable[[dict[Cell, float], int], Policy] = Policy) -> None:
         super().__init__(model)
+        self.policy = policy
         self.seconds: dict[tuple[Hashable, ...], dict[Cell, float]] = {}
         self.learnt: Policy | None = None
 
@@ -75,10 +76,10 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             exit_layer: dataclasses.replace(step.passes, plan=dataclasses.replace(plan, exit_layer=exit_layer))
             for exit_layer in self._exit_layers(plan)
         }
-        key = (len(request.prompts), *exits, plan.draft_head, type(step.passes.kernels), request.config.sample)
+        key = (request.num_rows, *exits, plan.draft_head, type(step.passes.kernels), request.config.sample)
         if key not in self.seconds:
-            self.seconds[key] = step_seconds(exits, len(request.prompts), request.config.sample)
-        policy = Policy(self.seconds[key], plan.exit_layer)
+            self.seconds[key] = step_seconds(exits, request.num_rows, request.config.sample)
+        policy = self.policy(self.seconds[key], plan.exit_layer)
         if request.config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
         return AdaptiveStep(exits, step.rows, policy)

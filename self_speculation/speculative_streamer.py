@@ -21,6 +21,7 @@ from rich.style import Style
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
+from self_speculation.decoding.cell import Source
 from self_speculation.decoding.stopping import StopRule
 from self_speculation.generator_base import GenerationResult, RowStep
 from self_speculation.terminal import harmless
@@ -33,9 +34,13 @@ DISPUTED_WIDTH = re.compile("[\xad\U0001f1e6-\U0001f1ff]")
 
 
 class Producer(StrEnum):
-    """Who produced a token: the draft, or the full model after a rejected draft or after a fully accepted one."""
+    """Who produced a token: a draft, or the full model after a rejected draft or after a fully accepted one.
+
+    Drafts of exits and drafts that were looked up, and so cost nothing, are told apart.
+    """
 
     ACCEPTED = "accepted"
+    LOOKED_UP = "looked_up"
     RECOVERED = "recovered"
     BONUS = "bonus"
 
@@ -44,9 +49,26 @@ PROMPT_STYLE = Style()
 DRAFT_STYLE = Style(color="yellow", dim=True)
 STYLES = {
     Producer.ACCEPTED: Style(color="green"),
+    Producer.LOOKED_UP: Style(color="bright_blue", underline=True),
     Producer.RECOVERED: Style(color="magenta", bold=True),
     Producer.BONUS: Style(color="cyan"),
 }
+
+
+NAMES = {
+    Producer.ACCEPTED: "accepted draft",
+    Producer.LOOKED_UP: "looked up",
+    Producer.RECOVERED: "recovered",
+    Producer.BONUS: "bonus",
+}
+
+
+def producers(step: RowStep) -> list[Producer]:
+    """Who produced each token of a step."""
+    is_looked_up = step.cell is not None and step.cell.source == Source.LOOKUP
+    draft = Producer.LOOKED_UP if is_looked_up else Producer.ACCEPTED
+    last = Producer.RECOVERED if step.is_rejected else Producer.BONUS
+    return [draft if index < step.accepted else last for index in range(len(step.tokens))]
 
 
 def colored_pieces(steps: list[RowStep], stop_rule: StopRule) -> list[tuple[str, Producer]]:
@@ -157,10 +179,9 @@ class _GrowingAnswer:
 
     def add(self, step: RowStep) -> None:
         """The tokens that a step committed."""
-        last = Producer.RECOVERED if step.is_rejected else Producer.BONUS
-        for index, token in enumerate(step.tokens):
+        for token, producer in zip(step.tokens, producers(step), strict=True):
             self.tokens.append(token)
-            self.producers.append(Producer.ACCEPTED if index < step.accepted else last)
+            self.producers.append(producer)
             complete = self.without_stop_words.text(self.tokens, finished=False)
             # Bytes that turn out to be invalid can shorten the text of a byte-fallback tokenizer.
             self.ends.append(max(self.ends[-1], len(complete)))
@@ -261,8 +282,10 @@ def _rows_of(line: Text, width: int) -> Iterator[Text]:
 
 
 def _legend(result: GenerationResult) -> Text:
-    names = {Producer.ACCEPTED: "accepted draft", Producer.RECOVERED: "recovered", Producer.BONUS: "bonus"}
-    entries = Text(" · ").join(Text(name, STYLES[producer]) for producer, name in names.items())
+    occurring = {producer for step in result.steps for producer in producers(step)}
+    # What only some strategies have is named where it occurs.
+    shown = [producer for producer in NAMES if producer != Producer.LOOKED_UP or producer in occurring]
+    entries = Text(" · ").join(Text(NAMES[producer], STYLES[producer]) for producer in shown)
     rate = result.acceptance_rate
     acceptance = "no drafts" if rate is None else f"acceptance rate {rate:.1%}"
     return entries.append(f" · {acceptance} · {result.tokens_per_step:.2f} tokens per step")

@@ -32,6 +32,8 @@ class StepwiseStrategy(GenerationStrategy):
     what is compiled for it is one library that runs its passes. One generation at a time.
     """
 
+    keeps_batches_full = True
+
     def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] | None = None) -> None:
         super().__init__(model)
         self.compiled_steps = CompiledSteps(model, backend or BACKEND)
@@ -67,7 +69,9 @@ class StepwiseStrategy(GenerationStrategy):
         step = self._step(request, plan)
         rows, limits = step.rows, request.limits(context)
         known = self._known(request, rows, plan)
-        rows.begin(request.prompts, limits, request.config.seed)
+        first = slice(request.num_rows)
+        keys = request.row_keys[first] if request.config.sample else []
+        rows.begin(request.prompts[first], limits[first], request.config.seed, keys)
         # Known at once, lest an interruption in the middle of the prefill makes all of it unknown.
         rows.known = known
         prefill(step.passes, rows, request.config.prefill_chunk, self.num_cached)
@@ -119,7 +123,7 @@ class StepwiseStrategy(GenerationStrategy):
                 return self.kept
             capacity = power_of_two(capacity)
         cache = PositionAddressedCache(num_caches(self.model), capacity, token_device(self.model))
-        return Rows.empty(cache, len(request.prompts), request.config.sample)
+        return Rows.empty(cache, request.num_rows, request.config.sample)
 
 
 def verification_rule(config: GenerationConfig) -> VerificationRule:

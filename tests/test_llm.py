@@ -40,7 +40,7 @@ def test_a_text_gives_a_text_and_a_list_a_list(llm: LayerSkip, expected: list[Ge
     texts = [result.text for result in expected]
     assert llm.generate(PROMPT, **SETTINGS) == texts[0]
     assert llm.generate(PROMPTS, **SETTINGS) == texts
-    assert llm.generate(tuple(PROMPTS), **SETTINGS) == texts
+    assert llm.generate(tuple(PROMPTS), batch_size=2, **SETTINGS) == texts
     ids = [llm.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     assert llm.generate(ids, **SETTINGS) == texts
     assert llm.generate([], **SETTINGS) == []
@@ -80,7 +80,16 @@ def test_a_loop_over_pieces_may_be_left(make_model: Callable[..., LlamaForCausal
     assert own.generate(PROMPT, **SETTINGS) == whole
     rest = ["".join(each) for each in pieces]
     assert [whole.endswith(text) for text in rest] == [True, True]
-    assert len(KeptStrategies.of(own.model).idle.popitem()[1]) <= 4
+
+
+def test_a_strategy_comes_back_after_a_mistake(make_model: Callable[..., LlamaForCausalLM], llm: LayerSkip) -> None:
+    own = LayerSkip(make_model(), llm.tokenizer)
+    own.generate(PROMPT, max_new_tokens=1)
+    [[strategy]] = KeptStrategies.of(own.model).idle.values()
+    for ask in (own.generate, own.stream):
+        with pytest.raises(ValueError, match="the prompt has"):
+            ask(PROMPT * 99)
+    assert KeptStrategies.of(own.model).idle == {type(strategy): [strategy]}
 
 
 def test_a_chat_is_answered_in_the_template(

@@ -13,10 +13,12 @@ import pytest
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 
+from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.stopping import StopReason, StopRule
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, RowStep
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.speculative_streamer import (
+    STYLES,
     PlainTextStreamer,
     Producer,
     SpeculativeTextStreamer,
@@ -373,6 +375,26 @@ def test_pieces_name_the_producer_of_every_token() -> None:
         ("d", Producer.BONUS),
         ("a", Producer.ACCEPTED),
     ]
+
+
+def test_drafts_that_were_looked_up_have_a_colour_of_their_own(tmp_path: Path) -> None:
+    vocabulary = Vocabulary()
+    exit_token, more, looked_up, wrong, right = vocabulary.encode("exit", "more", "looked", "wrong", "right")
+    steps = [
+        RowStep([exit_token], 1, [exit_token, more], cell=Cell(2, 1)),
+        RowStep([looked_up, wrong], 1, [looked_up, right], StopReason.MAX_STEPS, Cell(FREE, 2)),
+    ]
+    assert colored_pieces(steps, vocabulary.stop_rule) == [
+        ("exit", Producer.ACCEPTED),
+        ("more", Producer.BONUS),
+        ("looked", Producer.LOOKED_UP),
+        ("right", Producer.RECOVERED),
+    ]
+    assert len(set(STYLES.values())) == len(Producer)
+    export_svg("", as_result(steps, vocabulary.stop_rule), vocabulary.stop_rule, tmp_path / "answer.svg", "")
+    rows, classes = picture_rows(tmp_path / "answer.svg")
+    assert rows[-1].startswith("accepted draft · looked up · recovered · bonus")
+    assert classes["looked"] == classes["looked up"] != classes["exit"] == classes["accepted draft"]
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -1,1 +1,1 @@
-"""The six programs: flags, one call, one report each."""
+"""The programs: flags, one call, one report each."""

@@ -55,8 +55,8 @@ class BenchmarkArguments(Settings):
     )
     batch_size: int = setting(
         1,
-        help="Prompts answered together. Throughput is a batch's tokens over its seconds; latency is what a row "
-        "waits until its whole batch is done. hf_early_exit takes one prompt at a time.",
+        help="Prompts answered at once; the next takes the place of one that ends, in lists of eight batches. "
+        "Throughput is a list's tokens over its seconds, latency a row's seconds over its tokens.",
         at_least=1,
     )
     score_text: bool = setting(True, help="ROUGE, BLEU, exact match and edit distance to the data's responses.")

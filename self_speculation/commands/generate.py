@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from self_speculation.chat import Chat
@@ -24,7 +25,10 @@ from self_speculation.commands.interactive import InterruptKey, KeepingStreamer,
 from self_speculation.ending import Terminated, one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
 from self_speculation.loading import ModelArguments, Recommendation, advice_for, load
+from self_speculation.measuring.choices import ChosenStep, choices, chosen_steps, sentence
 from self_speculation.measuring.rivals import RIVALS
+from self_speculation.measuring.step_texts import Decode, step_texts
+from self_speculation.measuring.tables import choice_table
 from self_speculation.settings import Settings, regular_file, setting
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
 from self_speculation.strategies import fill_in, make_strategy
@@ -51,7 +55,9 @@ class GenerateArguments(Settings):
         "standard", help="Show the answer when it is complete, as it grows, or with its drafts in colour."
     )
     export_svg: str | None = setting(
-        None, help="Save the answer as an SVG picture, coloured by who produced each token."
+        None,
+        help="Save the answer as an SVG picture, coloured by who produced each token; of adaptive decoding also what "
+        "was chosen at each step, as generate_choices.png in --output_dir.",
     )
 
     def __post_init__(self) -> None:
@@ -152,10 +158,32 @@ def summary(result: GenerationResult, num_prompt_tokens: int, num_cached: int = 
     return " · ".join([*parts, f"stopped by {result.stop_reason}" if result.stop_reason else "interrupted"])
 
 
-def save(result: GenerationResult, prompt: str, path: Path) -> None:
-    """Append the answer to a file of JSON lines."""
+def save(result: GenerationResult, prompt: str, path: Path, decode: Decode) -> None:
+    """Append the answer to a file of JSON lines, with the text that its steps wrote."""
+    line = {"prompt": prompt, **asdict(result), "step_texts": [asdict(own) for own in step_texts(result, decode)]}
     with naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"prompt": prompt, **asdict(result)}, ensure_ascii=False) + "\n")
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def what_was_chosen(result: GenerationResult, picture: Path | None, is_brief: bool) -> Iterator[str | Table]:
+    """What a policy chose, if there was one, in a line or a table; and where its picture is, if one is asked for."""
+    steps = chosen_steps(result.steps)
+    if steps:
+        found = choices(steps)
+        yield sentence(found) if is_brief else choice_table(found)
+    if steps and picture is not None:
+        yield save_picture(steps, picture)
+
+
+def save_picture(steps: list[ChosenStep], path: Path) -> str:
+    """Draw what was chosen; returns what to say of it."""
+    try:
+        # Decoding does without matplotlib.
+        from self_speculation.measuring.pictures import save_choices
+    except ModuleNotFoundError as error:
+        return f"The picture of what was chosen needs {error.name}: pip install 'layerskip[bench]'."
+    save_choices(steps, path)
+    return f"what was chosen at each step: {path}"
 
 
 def describe(config: GenerationConfig, advice: Recommendation) -> str:
@@ -205,10 +233,13 @@ def main() -> None:
             continue
         interruption = respondent.interruption
         if result.tokens or not interruption:
-            save(result, prompt, log)
+            stop_rule, picture = generator.stop_rule(respondent.config), None
+            save(result, prompt, log, stop_rule.decode)
             if arguments.export_svg:
-                stop_rule = generator.stop_rule(respondent.config)
                 export_svg(prompt, result, stop_rule, Path(arguments.export_svg), title="self-speculative decoding")
+                picture = log.with_name("generate_choices.png")
+            for said in what_was_chosen(result, picture, is_brief=arguments.is_conversation):
+                note(said, style="dim")
         note(respondent.summary(result), style="bold")
         # In a conversation Ctrl-C ends only the answer.
         if interruption and not (arguments.is_conversation and isinstance(interruption, KeyboardInterrupt)):

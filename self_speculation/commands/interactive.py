@@ -90,16 +90,14 @@ class KeepingStreamer:
     def begin(self, prompt: list[int], stop_rule: StopRule) -> None:
         """An answer begins."""
         self.stop_rule = stop_rule
-        self.num_updates = 0
         self.resumed_at = time.perf_counter()
         if self.streamer:
             self.streamer.begin(prompt, stop_rule)
 
     def update(self, step: RowStep) -> None:
         """One more step has been decided."""
-        self.result.collect(step, time.perf_counter() - self.resumed_at, is_prefill=self.num_updates == 0)
+        self.result.collect(step, time.perf_counter() - self.resumed_at)
         self.result.text = self.stop_rule.text(self.result.tokens, finished=True)
-        self.num_updates += 1
         if self.streamer:
             self.streamer.update(step)
         self.key.check()

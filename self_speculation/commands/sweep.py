@@ -39,6 +39,9 @@ from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, flag_of, setting, shown
 from self_speculation.writing import write_text
 
+# The greatest draft length to begin with, where none is given.
+MOST_DRAFTS = 6
+
 
 @dataclass
 class SweepArguments(Settings):
@@ -50,7 +53,12 @@ class SweepArguments(Settings):
     )
     exit_layer_step: int = setting(1, help="Step between exit layers.", at_least=1)
     num_speculations_first: int = setting(1, help="Least draft length.", at_least=1, at_most=MOST_SPECULATIONS)
-    num_speculations_last: int = setting(6, help="Greatest draft length.", at_least=1, at_most=MOST_SPECULATIONS)
+    num_speculations_last: int | None = setting(
+        None,
+        help=f"Greatest draft length. Default: {MOST_DRAFTS}, and more while they are best.",
+        at_least=1,
+        at_most=MOST_SPECULATIONS,
+    )
     num_speculations_step: int = setting(1, help="Step between draft lengths.", at_least=1)
     mode: Mode = setting("grid", help="Measure every cell; predict all and measure the best few; or both.")
     finalists: int = setting(
@@ -71,12 +79,13 @@ class SweepArguments(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_speculations_last < self.num_speculations_first:
+        if self.num_speculations_last is not None and self.num_speculations_last < self.num_speculations_first:
             raise ValueError("--num_speculations_last must not be less than --num_speculations_first.")
 
     def plan(self) -> SearchPlan:
         """How to look."""
-        return SearchPlan(self.mode, self.finalists, self.repeats, self.profile_samples, self.duel_repeats)
+        step = self.num_speculations_step if self.num_speculations_last is None else None
+        return SearchPlan(self.mode, self.finalists, self.repeats, self.profile_samples, self.duel_repeats, step)
 
     def cells(self, num_layers: int) -> list[Cell]:
         """Every (E, d) of the grid for a model of so many layers."""
@@ -88,7 +97,8 @@ class SweepArguments(Settings):
         if last > num_layers:
             raise ValueError(f"--exit_layer_last {last} is more than the model's {num_layers} layers.")
         exit_layers = range(self.exit_layer_first, last + 1, self.exit_layer_step)
-        drafts = range(self.num_speculations_first, self.num_speculations_last + 1, self.num_speculations_step)
+        most = self.num_speculations_last or max(MOST_DRAFTS, self.num_speculations_first)
+        drafts = range(self.num_speculations_first, most + 1, self.num_speculations_step)
         return list(itertools.starmap(Cell, itertools.product(exit_layers, drafts)))
 
 
@@ -146,7 +156,7 @@ def main() -> None:
     pictures = found.save_pictures(log.folder)
     Console(highlight=False).print(finalist_table(found.final))
     print(f"{log.document} has all figures; pictures: {', '.join(map(str, pictures))}")
-    for sentence in advice(found, cells):
+    for sentence in advice(found, found.cells):
         print(sentence)
     if arguments.save and found.is_faster:
         print(f"{save(Path(model_arguments.model), found.best, config.draft_vocab)} recommends {found.best.name}.")

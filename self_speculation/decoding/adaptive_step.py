@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.early_exit import embed, num_caches, token_device
 from self_speculation.decoding.kernels import forward_remainder
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
-from self_speculation.decoding.policy import FREE, Policy
+from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, StepOutcome, speculative_step
@@ -91,7 +91,7 @@ class AdaptiveStep:
         counts_B2 = torch.stack([drafted_B, outcome.packed_BN[:, 0]], dim=1)[self.rows.active_B]
         drafted, accepted = counts_B2.T.tolist()
         self.policy.observe(cell, drafted, accepted, free)
-        return outcome
+        return outcome._replace(cell=cell)
 
     def _free_draft(self, most: int) -> FreeDraft:
         if self.lookup is None:
@@ -125,10 +125,7 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
             one = _seconds(partial(speculative_step, sources[cell.exit_layer], rows, cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
-    fitted = {
-        source: np.polynomial.Polynomial.fit(DRAFTS[1:], [seconds[Cell(source, d)] for d in DRAFTS[1:]], 1)
-        for source in sources
-    }
+    fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in DRAFTS[1:]}) for source in sources}
     menu = {
         Cell(exit_layer, drafts): float(
             np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)])
@@ -142,10 +139,19 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
     return menu
 
 
+def evened_out(seconds: dict[int, float]) -> Callable[[int], float]:
+    """Seconds by the draft length, on a line through those that were timed.
+
+    None is below the least of them: where other work slowed some of the steps, a line may even fall below zero.
+    """
+    line = np.polynomial.Polynomial.fit(list(seconds), list(seconds.values()), 1)
+    return lambda drafts: max(float(line(drafts)), min(seconds.values()))
+
+
 def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:
     model, room = passes.model, max(DRAFTS) + 1
     rows = Rows.empty(PositionAddressedCache(num_caches(model), 3 + room, token_device(model)), num_rows, sample)
-    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, seed=0)
+    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, keys=[0] * num_rows)
     prefill(passes, rows)
     rows.active_B.zero_()
     rows.cache.see(2 + room)

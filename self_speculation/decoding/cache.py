@@ -106,6 +106,25 @@ class PositionAddressedCache:
         return sum(buffer.nbytes for buffer in (*self.keys, *self.values) if buffer is not None)
 
 
+class RowOfCache(PositionAddressedCache):
+    """One row of a cache of `num_rows`: a cache of one row in the same buffers."""
+
+    def __init__(self, whole: PositionAddressedCache, row: int, num_rows: int) -> None:
+        super().__init__(len(whole.keys), whole.capacity, whole.positions_C.device, whole.bucket)
+        self.whole = whole
+        self.row = row
+        self.num_rows = num_rows
+
+    def buffers(self, layer: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The row's keys and values of a layer."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            like = (states.expand(self.num_rows, -1, -1, -1) for states in (key_states, value_states))
+            keys, values = (buffer[self.row : self.row + 1] for buffer in self.whole.buffers(layer, *like))
+            self.keys[layer], self.values[layer] = keys, values
+        return keys, values
+
+
 @dataclass(frozen=True)
 class CacheAccess:
     """One pass's access: the rows (B, 1) and positions (B, T) that it writes, and the mask of what it reads."""

@@ -84,7 +84,7 @@ class CompiledStep:
         """Run on prompts of two zeros, whose prefill allocates the cache."""
         num_rows, num_speculations = len(self.rows.lengths_B), self.passes.plan.num_speculations
         for _ in range(WARM_UP_RUNS):
-            self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, seed=0)
+            self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, keys=[0] * num_rows)
             prefill(self.passes, self.rows)
             self.rows.cache.see(visible)
             if not self.is_captured:
@@ -135,7 +135,7 @@ class CompiledSteps:
         self._forget_other_weights()
         config, room = request.config, passes.plan.num_speculations + 1
         longest = max(request.limits(self.model.config.max_position_embeddings))
-        rows = self._rows(len(request.prompts), longest, room, config.sample)
+        rows = self._rows(request.num_rows, longest, room, config.sample)
         sampling = (config.sampling, config.temperature, config.top_k, config.top_p) if config.sample else None
         key = (id(rows), sampling, config.compile, passes.plan)
         if key not in self.steps:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 
 # How much an earlier draft counts for each that came after it.
@@ -23,7 +23,6 @@ MEMORY = 0.98
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
 # The same for drafts that cost nothing, by the least length of their match.
 PRIOR_OF_FREE = {3: 0.4, 5: 0.6, 9: 0.8}
-FREE = 0
 # A cell is left only for one that is better by this factor.
 HYSTERESIS = 1.02
 # Below one, where the sum that gives τ has a value.

@@ -13,13 +13,25 @@ from self_speculation.decoding.rows import Rows
 if TYPE_CHECKING:
     from self_speculation.decoding.step import EagerPasses
 
+# Prompts up to so many tokens are read together on a CPU.
+LONGEST_TOGETHER = 32
+
 
 def prefill(passes: "EagerPasses", rows: Rows, chunk: int | None = None, num_cached: int = 0) -> None:
-    """Cache `tokens[:-1]` of every row in the layers of the plan: over right-padded prompts, without LM head.
+    """Cache `tokens[:-1]` of every row in the layers of the plan, without LM head.
 
     In one pass, or in passes over `chunk` positions, which bound the memory that a long prompt takes. Of the rows'
-    first `num_cached` tokens all layers have keys and values already.
+    first `num_cached` tokens all layers have keys and values already. On a CPU, where the padding of shorter prompts
+    would cost as much as tokens do, rows are read one by one, unless all are so short that the weights cost more.
     """
+    is_apart = rows.lengths_B.device.type == "cpu" and int(rows.lengths_B.max()) > LONGEST_TOGETHER
+    parts = [rows.row(index) for index in range(len(rows.lengths_B))] if is_apart else [rows]
+    for part in parts:
+        _prefill(passes, part, chunk, num_cached)
+
+
+def _prefill(passes: "EagerPasses", rows: Rows, chunk: int | None, num_cached: int) -> None:
+    """Over right-padded prompts."""
     plan, kernels = passes.plan, passes.kernels
     longest = int(rows.lengths_B.max()) - 1
     chunk = chunk or max(longest, 1)

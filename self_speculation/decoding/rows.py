@@ -6,13 +6,14 @@ it yet. Prefill makes that true, and every step leaves it true.
 Shapes: B batch, T positions of this call, C capacity, S noise streams.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.cache import PositionAddressedCache
+from self_speculation.decoding.cache import PositionAddressedCache, RowOfCache
 from self_speculation.decoding.sampling import NUM_STREAMS, noise
 
 
@@ -49,8 +50,11 @@ class Rows:
             cache=cache,
         )
 
-    def begin(self, prompts: list[list[int]], limits: list[int], seed: int) -> None:
-        """Put other prompts into the same tensors: what they held before is stale, and nothing is known of it."""
+    def begin(self, prompts: list[list[int]], limits: list[int], seed: int = 0, keys: Sequence[int] = ()) -> None:
+        """Put other prompts into the same tensors: what they held before is stale, and nothing is known of it.
+
+        The seed and the rows' `keys` decide their noise, if they have any.
+        """
         self.known = []
         capacity = self.tokens_BC.shape[1]
         lengths = [len(prompt) for prompt in prompts]
@@ -59,7 +63,19 @@ class Rows:
         self.limits_B.copy_(torch.tensor(limits))
         self.active_B.copy_(torch.tensor(lengths) < torch.tensor(limits))
         if self.noise_BCS is not None:
-            self.noise_BCS.copy_(noise(seed, prompts, capacity))
+            self.noise_BCS.copy_(noise(seed, keys, capacity))
+
+    def row(self, index: int) -> "Rows":
+        """One of the rows: a batch of one in the same tensors."""
+        own = slice(index, index + 1)
+        return Rows(
+            tokens_BC=self.tokens_BC[own],
+            lengths_B=self.lengths_B[own],
+            limits_B=self.limits_B[own],
+            active_B=self.active_B[own],
+            noise_BCS=None if self.noise_BCS is None else self.noise_BCS[own],
+            cache=RowOfCache(self.cache, index, len(self.lengths_B)),
+        )
 
     def num_cached(self, prompt: list[int]) -> int:
         """How many of a prompt's tokens are cached already; its last one is read again in any case."""

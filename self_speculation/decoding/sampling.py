@@ -10,6 +10,7 @@ Shapes: B batch, T positions of this call, C capacity, V vocabulary, S noise str
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -57,18 +58,22 @@ def draw(p_BTV: Tensor, uniform_BT: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BTV, threshold_BT1, right=True).squeeze(-1).clamp(max=p_BTV.shape[-1] - 1)
 
 
-def noise(seed: int, prompts: list[list[int]], capacity: int) -> Tensor:
-    """Uniform numbers in [0, 1) of 53 bits, (B, C, S), that depend on the seed, the row and the position only.
-
-    A row is told by its prompt and by how many copies of it stand before, whatever else is in the batch.
-    """
+def row_keys(prompts: list[list[int]]) -> list[int]:
+    """A number of 64 bits for each row: of its prompt and of how many copies of it stand before, and nothing else."""
     copies: Counter[str] = Counter()
-    uniforms = []
+    keys = []
     for prompt in map(repr, prompts):
-        row = hashlib.sha256(f"{copies[prompt]}{prompt}".encode()).digest()[:8]
+        keys.append(int.from_bytes(hashlib.sha256(f"{copies[prompt]}{prompt}".encode()).digest()[:8]))
         copies[prompt] += 1
+    return keys
+
+
+def noise(seed: int, keys: Sequence[int], capacity: int) -> Tensor:
+    """Uniform numbers in [0, 1) of 53 bits, (B, C, S), that depend on the seed, the row's key and the position only."""
+    uniforms = []
+    for key in keys:
         # As unsigned numbers: a list of Python's would become floats, of which many are equal.
-        bits = np.random.Philox(key=np.array([seed, int.from_bytes(row)], dtype=np.uint64))
+        bits = np.random.Philox(key=np.array([seed, key], dtype=np.uint64))
         # Jumped over all that the other streams could draw: before they do, so that the capacity plays no part.
         coupled = np.random.Generator(bits.jumped()).random((capacity, 1))
         leviathan = np.random.Generator(bits).random((capacity, COUPLED_STREAM))

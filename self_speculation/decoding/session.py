@@ -3,13 +3,15 @@
 The host sees counts and tokens once a step, cuts answers at their stops, and says how far the next step looks.
 """
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from self_speculation.decoding.finiteness import overflown
+from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.request import GenerationRequest, GenerationStep, RowStep
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, RowOutcome, StepOutcome, speculative_step
@@ -48,10 +50,10 @@ class EagerStep:
 
 
 class Session:
-    """One run over a request's prompts, whose rows have been prefilled; each step drafts at most d tokens.
+    """One run over a request's prompts, of which the first have been prefilled; each step drafts at most d tokens.
 
-    It starts with a row for each prompt; as soon as half of its rows have ended it goes on without them, unless the
-    step is fixed. `context` is the model's.
+    A row that has ended takes in the next prompt that waits. When none waits any more, and half of the rows have ended,
+    it goes on without them, unless the step is fixed. `context` is the model's.
     """
 
     def __init__(self, request: GenerationRequest, step: Step, num_speculations: int, context: int) -> None:
@@ -61,19 +63,22 @@ class Session:
         self.context = context
         self.limits = request.limits(context)
         self.generated: list[list[int]] = [[] for _ in request.prompts]
-        # The prompt of each row that is still decoded.
-        self.prompt_of_row = list(range(len(request.prompts)))
+        # The prompt of each row, and those that have none yet.
+        self.prompt_of_row = list(range(request.num_rows))
+        self.waiting = deque(range(request.num_rows, len(request.prompts)))
         self.ended = [len(prompt) >= limit for prompt, limit in zip(request.prompts, self.limits, strict=True)]
 
     @torch.inference_mode()
     def steps(self) -> Iterator[GenerationStep]:
-        """The prefill, a step without tokens, then step by step until every row has ended.
+        """The prefill, a step without tokens, then step by step until every prompt has its answer.
 
         Raises:
             ValueError: a token would be chosen from logits that are not finite.
         """
         yield self._prefilled()
         while not all(self.ended):
+            if self.waiting and any(self._has_ended()):
+                yield self._take_in()
             num_speculations = self._draft_length()
             self.look_ahead(num_speculations)
             yield self._record(self.step(num_speculations))
@@ -84,11 +89,33 @@ class Session:
 
     def _prefilled(self) -> GenerationStep:
         """Rows that may not generate at all end with the prefill."""
-        rows = [
-            RowStep(stop_reason=self.request.limit_reason(prompt, self.context) if ended else None)
-            for prompt, ended in enumerate(self.ended)
-        ]
-        return GenerationStep(rows)
+        if all(self.ended):
+            reasons = [self.request.limit_reason(prompt, self.context) for prompt in range(len(self.ended))]
+            return GenerationStep([RowStep(stop_reason=reason) for reason in reasons])
+        return GenerationStep(self._row_steps())
+
+    def _take_in(self) -> GenerationStep:
+        """The prompts that have waited longest take the places of rows that have ended, each read by itself."""
+        rows = self.step.rows
+        for row, has_ended in enumerate(self._has_ended()):
+            if has_ended and self.waiting:
+                prompt = self.prompt_of_row[row] = self.waiting.popleft()
+                own, config = rows.row(row), self.request.config
+                keys = [self.request.row_keys[prompt]] if config.sample else []
+                own.begin([self.request.prompts[prompt]], [self.limits[prompt]], config.seed, keys)
+                prefill(self.step.passes, own, config.prefill_chunk)
+        return GenerationStep(self._row_steps())
+
+    def _has_ended(self) -> list[bool]:
+        """Row by row."""
+        return [self.ended[prompt] for prompt in self.prompt_of_row]
+
+    def _row_steps(self) -> list[RowStep | None]:
+        """A step in which nothing was decided, for the prompts that are being answered."""
+        steps: list[RowStep | None] = [None] * len(self.ended)
+        for prompt in self.prompt_of_row:
+            steps[prompt] = None if self.ended[prompt] else RowStep()
+        return steps
 
     def _draft_length(self) -> int:
         """d; not more than any row can use, where that can be chosen."""
@@ -99,11 +126,11 @@ class Session:
 
     def _record(self, outcome: StepOutcome) -> GenerationStep:
         """What a step decided, on the host; rows are cut at their stops."""
-        steps = [RowStep() for _ in self.ended]
+        steps = self._row_steps()
         for prompt, row in zip(self.prompt_of_row, outcome.unpack(), strict=True):
             if not self.ended[prompt]:
-                steps[prompt] = self._row_step(prompt, row)
-        if any(step.stop_reason for step in steps):
+                steps[prompt] = replace(self._row_step(prompt, row), cell=outcome.cell)
+        if any(step and step.stop_reason for step in steps):
             self._let_ended_rows_rest()
         return GenerationStep(steps)
 
@@ -124,12 +151,13 @@ class Session:
         return RowStep(drafted, min(row.accepted, len(new)), new, reason)
 
     def _let_ended_rows_rest(self) -> None:
-        """Rows that have ended do not advance; when they are half of the batch, the batch is made smaller."""
-        active = [row for row, prompt in enumerate(self.prompt_of_row) if not self.ended[prompt]]
-        if not self.step.is_fixed and active and 2 * len(active) <= len(self.prompt_of_row):
+        """Rows that have ended do not advance; when they are half of the last batch, it is made smaller."""
+        active = [row for row, has_ended in enumerate(self._has_ended()) if not has_ended]
+        is_last = not self.waiting
+        if is_last and not self.step.is_fixed and active and 2 * len(active) <= len(self.prompt_of_row):
             self.step.rows.keep(active)
             self.prompt_of_row = [self.prompt_of_row[row] for row in active]
-        self.step.rows.active_B.copy_(torch.tensor([not self.ended[prompt] for prompt in self.prompt_of_row]))
+        self.step.rows.active_B.copy_(~torch.tensor(self._has_ended()))
 
     def _length(self, prompt: int) -> int:
         return len(self.request.prompts[prompt]) + len(self.generated[prompt])

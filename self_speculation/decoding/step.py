@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.kernels import Kernels, forward_early, forward_remainder
 from self_speculation.decoding.rows import Rows
@@ -161,9 +162,13 @@ class RowOutcome(NamedTuple):
 
 
 class StepOutcome(NamedTuple):
-    """What a step decided for all rows, packed for the host into one integer tensor (B, N): one copy, one wait."""
+    """What a step decided for all rows, packed for the host into one integer tensor (B, N): one copy, one wait.
+
+    `cell` is what a policy chose for it, where there is one.
+    """
 
     packed_BN: Tensor
+    cell: Cell | None = None
 
     @classmethod
     def pack(cls, draft: Draft, verdict: Verdict) -> "StepOutcome":

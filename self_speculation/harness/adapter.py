@@ -8,6 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -49,6 +50,7 @@ from self_speculation.harness.speed_figures import SpeedFigures
 from self_speculation.loading import ModelArguments, advice_for, load
 from self_speculation.log_levels import logging_at
 from self_speculation.measuring.judge import Judge
+from self_speculation.measuring.measurements import BATCHES_A_LIST
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.rendezvous import all_present
 from self_speculation.strategies import fill_in, make_strategy
@@ -89,6 +91,8 @@ class LayerSkipLM(HFLM):
         self.exit_layers = [self.exit_layer]
         self.known_answers: MutableMapping[str, list[Any]] = {}
         self.current_task = ""
+        # What lm-eval calls a batch size is how many prompts it hands over.
+        self.rows_at_once = self.batch_size
         self._join_other_processes()
 
     @property
@@ -146,6 +150,21 @@ class LayerSkipLM(HFLM):
 
         Copies of a request beyond its repeats, with which lm-eval evens out the ranks, are not decoded again.
         """
+        with self._long_lists():
+            return self._generate_until(requests, disable_tqdm)
+
+    @contextmanager
+    def _long_lists(self) -> Iterator[None]:
+        """While it lasts, lm-eval hands over prompts for several batches, so that rows that end can be replaced."""
+        size = self.rows_at_once = self.batch_size
+        if isinstance(size, int) and size > 1:
+            self.batch_size_per_gpu = size * BATCHES_A_LIST
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = size
+
+    def _generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         answers: defaultdict[int, list[str]] = defaultdict(list)
         seed = self.generation.seed
         for task in dict.fromkeys(request.task_name for request in requests):
@@ -169,10 +188,11 @@ class LayerSkipLM(HFLM):
         if penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(penalty))
         config = self._answer_config(max_length - context.shape[1], stop, generation_kwargs)
-        results, seconds = _timed(self.generator, prompts, config, processors)
+        size = self.rows_at_once if isinstance(self.rows_at_once, int) else None
+        results, seconds = _timed(self.generator, prompts, config, processors, size)
         self.speed[self.current_task].add(results, seconds)
         if self.baseline is not None:
-            baseline, seconds = _timed(self.baseline, prompts, config, processors)
+            baseline, seconds = _timed(self.baseline, prompts, config, processors, size)
             unequal = self.speed[self.current_task].add_baseline(results, baseline, seconds)
             if unequal and not config.sample:
                 self._judge(self.baseline.request(prompts, config, processors), results, unequal)
@@ -279,9 +299,10 @@ def _timed(
     prompts: list[list[int]],
     config: GenerationConfig,
     processors: LogitsProcessorList,
+    batch_size: int | None,
 ) -> tuple[list[GenerationResult], float]:
     start = time.perf_counter()
-    results = generator.generate(prompts, config, logits_processors=processors)
+    results = generator.generate(prompts, config, logits_processors=processors, batch_size=batch_size)
     return results, time.perf_counter() - start
 
 

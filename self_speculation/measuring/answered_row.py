@@ -15,10 +15,10 @@ class AnsweredRow:
     tokens: list[int] = field(default_factory=list)
     is_ended: bool = False
 
-    def step(self, tokens: list[int], drafted: list[int], stop_rule: StopRule) -> RowStep:
-        """The delivered tokens as a step, cut at the stop; an empty one if the row has ended."""
+    def step(self, tokens: list[int], drafted: list[int], stop_rule: StopRule) -> RowStep | None:
+        """The delivered tokens as a step, cut at the stop; none if the row has ended."""
         if self.is_ended:
-            return RowStep()
+            return None
         new, reason = stop_rule.cut(self.tokens, tokens)
         drafted = drafted[: len(new)] if reason else drafted
         pairs = zip(drafted, new, strict=False)

@@ -1,12 +1,13 @@
 """The benchmark: contestants answer the same prompts in turns, every answer is a line of a log, and figures follow.
 
-Work is shared out over the ranks. A batch of which the log has only a part is measured again as a whole, and its last
-lines count.
+Work is shared out over the ranks. In batches it goes by lists of a few batches, in which prompts that wait take the
+places of rows that have ended. A list of which the log has only a part is measured again as a whole, and its last lines
+count.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -14,12 +15,13 @@ from tqdm import tqdm
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
+from self_speculation.measuring.choices import choices, measured_steps
 from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures
 from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.judge import Judge
-from self_speculation.measuring.measurements import Measurement, Round
+from self_speculation.measuring.measurements import Measurement, Round, list_size
 from self_speculation.measuring.passes import TimePasses, Timing, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.run_log import RunLog
@@ -52,26 +54,30 @@ class Benchmark:
         generator = next(iter(self.contestants.values())).generator
         self.model = generator.model
         self.prompts = [generator.encode(example.prompt) for example in self.examples]
+        self.list_size = list_size(self.batch_size, len(self.examples), self.ranks.num_processes)
+        self.contestants = {
+            name: replace(contestant, batch_size=self.batch_size) for name, contestant in self.contestants.items()
+        }
         samples = range(len(self.examples))
-        self.batches = [samples[start : start + self.batch_size] for start in samples[:: self.batch_size]]
+        self.lists = [samples[start : start + self.list_size] for start in samples[:: self.list_size]]
 
-    def prompts_of(self, batch: range) -> list[list[int]]:
+    def prompts_of(self, samples: range) -> list[list[int]]:
         """The samples' prompts."""
-        return [self.prompts[sample] for sample in batch]
+        return [self.prompts[sample] for sample in samples]
 
     def run(self, repeats: int, verbose: bool) -> None:
         """Measure what the log does not have yet; samples are lines as soon as all strategies have answered them."""
         todo = self._todo(repeats)
-        for batch_size in {len(batch): None for _, batch in todo}:
+        for batch_size in {min(len(samples), self.batch_size): None for _, samples in todo}:
             for contestant in self.contestants.values():
                 contestant.warm_up([max(self.prompts, key=len)] * batch_size)
-        unit = "sample" if self.batch_size == 1 else "batch"
+        unit = "sample" if self.batch_size == 1 else "list"
         with tqdm(todo, desc="Measuring", unit=unit, disable=not self.ranks.is_main_process) as progress:
-            live = {name: Round(batch_size=self.batch_size) for name in self.contestants}
-            for repeat, batch in progress:
-                answers = self._measure(repeat, batch)
+            live = {name: Round(list_size=self.list_size) for name in self.contestants}
+            for repeat, samples in progress:
+                answers = self._measure(repeat, samples)
                 if verbose:
-                    for row, sample in enumerate(batch):
+                    for row, sample in enumerate(samples):
                         text = as_text(self.examples[sample], _row(answers, row))
                         progress.write(shown_on(sys.stdout, text), file=sys.stdout)
                 for name, measurements in answers.items():
@@ -85,7 +91,7 @@ class Benchmark:
         for line in self._lines():
             for name, values in line["strategies"].items():
                 if line["sample"] == 0:
-                    rounds[name].append(Round(batch_size=self.batch_size))
+                    rounds[name].append(Round(list_size=self.list_size))
                 rounds[name][-1].measurements.append(Measurement(**values))
         return rounds
 
@@ -114,6 +120,7 @@ class Benchmark:
                 ideal_decode_speedup=ideals.get(name),
                 scores={key: value for score in scorers for key, value in score(texts, self.examples).items()},
                 judged=self._judged(judge, own[0]) if judge is not None and is_whole else {},
+                choices=choices(measured_steps(m for one in own for m in one.measurements)),
             )
         return figures
 
@@ -129,19 +136,21 @@ class Benchmark:
         return {"surroundings": found, "ceiling": ceiling.as_json(), "strategies": strategies}
 
     def peak_bytes(self) -> dict[str, int]:
-        """Each strategy's most memory, on the batch whose padded prompts are largest."""
-        largest = max(map(self.prompts_of, self.batches), key=lambda prompts: len(prompts) * max(map(len, prompts)))
+        """Each strategy's most memory, on the list whose padded prompts are largest."""
+        largest = max(map(self.prompts_of, self.lists), key=lambda prompts: len(prompts) * max(map(len, prompts)))
         return {name: one.peak_bytes(largest, self.probes) for name, one in self.contestants.items()}
 
     def ideal_speedup(self, rounds: dict[str, list[Round]]) -> float | None:
         """What the drafts' acceptance and the passes' costs allow, timed here and now; None without both strategies.
 
-        The passes are timed in the middle of the answers to the batch that is the middle one by its prompts' sizes.
+        The passes are timed in the middle of the answers to the first batch of the list that is the middle one by its
+        prompts' sizes.
         """
         if not {"autoregressive", "self_speculative"} <= rounds.keys():
             return None
         contestant, plain = self.contestants["self_speculative"], rounds["autoregressive"][0]
-        batch = sorted(self.batches, key=lambda batch: sum(map(len, self.prompts_of(batch))))[len(self.batches) // 2]
+        by_size = sorted(self.lists, key=lambda samples: sum(map(len, self.prompts_of(samples))))
+        batch = by_size[len(by_size) // 2][: self.batch_size]
         answers = [plain.measurements[sample].tokens for sample in batch]
         halves = [answer[: len(answer) // 2] for answer in answers]
         prompts = [prompt + half for prompt, half in zip(self.prompts_of(batch), halves, strict=True)]
@@ -168,23 +177,23 @@ class Benchmark:
         }
 
     def _todo(self, repeats: int) -> list[tuple[int, range]]:
-        """This rank's share of the rounds' batches that are not whole in the log, which all ranks have read."""
+        """This rank's share of the rounds' lists that are not whole in the log, which all ranks have read."""
         self.ranks.wait_for_everyone()
         done = {(line["repeat"], line["sample"]) for line in self._lines()}
         self.ranks.wait_for_everyone()
         todo = [
-            (repeat, batch)
+            (repeat, samples)
             for repeat in range(repeats)
-            for batch in self.batches
-            if any((repeat, sample) not in done for sample in batch)
+            for samples in self.lists
+            if any((repeat, sample) not in done for sample in samples)
         ]
         return todo[self.ranks.process_index :: self.ranks.num_processes]
 
-    def _measure(self, repeat: int, batch: range) -> dict[str, list[Measurement]]:
-        """All strategies' answers to a batch, which are lines of the log then."""
-        turn = repeat + self.batches.index(batch)
-        answers = interleaved(self.contestants, self.prompts_of(batch), turn)
-        for row, sample in enumerate(batch):
+    def _measure(self, repeat: int, samples: range) -> dict[str, list[Measurement]]:
+        """All strategies' answers to a list, which are lines of the log then."""
+        turn = repeat + self.lists.index(samples)
+        answers = interleaved(self.contestants, self.prompts_of(samples), turn)
+        for row, sample in enumerate(samples):
             self.log.append(
                 {
                     "repeat": repeat,

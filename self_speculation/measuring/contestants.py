@@ -23,10 +23,11 @@ MOST_REPEATS = 10_000
 
 @dataclass(frozen=True)
 class Contestant:
-    """A strategy with its settings."""
+    """A strategy with its settings; it answers at most `batch_size` prompts of a list at once."""
 
     generator: HuggingfaceLlamaGenerator
     config: GenerationConfig
+    batch_size: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -46,8 +47,9 @@ class Contestant:
         return Cell(exit_layer, num_speculations)
 
     def run(self, prompts: list[list[int]]) -> list[Measurement]:
-        """Answer a batch of prompts, all at once."""
-        return [Measurement.of(result) for result in self.generator.generate(prompts, self.config)]
+        """Answer a list of prompts."""
+        results = self.generator.generate(prompts, self.config, batch_size=self.batch_size)
+        return [Measurement.of(result) for result in results]
 
     def warm_up(self, prompts: list[list[int]], num_tokens: int = WARM_UP_TOKENS) -> None:
         """Answers that no one counts: short ones, or whole ones where a longer answer would be compiled for anew."""
@@ -57,7 +59,7 @@ class Contestant:
         self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=most))
 
     def peak_bytes(self, prompts: list[list[int]], probes: Probes = PROBES) -> int:
-        """The most memory during a batch's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
+        """The most memory during a list's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
         if self.generator.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.run(prompts)
@@ -90,7 +92,7 @@ class Contestant:
 def interleaved(
     contestants: Mapping[Name, Contestant], prompts: list[list[int]], turn: int
 ) -> dict[Name, list[Measurement]]:
-    """Every contestant's answers to a batch of prompts; who begins changes with the turn."""
+    """Every contestant's answers to a list of prompts; who begins changes with the turn."""
     names = list(contestants)
     start = turn % len(names)
     answers = {name: contestants[name].run(prompts) for name in names[start:] + names[:start]}

@@ -202,7 +202,7 @@ def read_again(kernels: Kernels, request: GenerationRequest, answers: list[list[
     cache = PositionAddressedCache(num_caches(model), int(lengths.max()) + most_new + width, token_device(model))
     rows = Rows.empty(cache, len(answers), sample=False)
     whole = [prompt + answer for prompt, answer in zip(request.prompts, answers, strict=True)]
-    rows.begin(whole, limits=[len(tokens) for tokens in whole], seed=request.config.seed)
+    rows.begin(whole, limits=[len(tokens) for tokens in whole])
     rows.lengths_B.copy_(lengths)
     passes = EagerPasses(model, StepPlan(num_layers, 0, num_layers), GreedyRule(), processors, kernels)
     prefill(passes, rows, request.config.prefill_chunk)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import EvalPrediction, LlamaForCausalLM
 
+from self_speculation.measuring.colours import BLUE, VERMILION
 from self_speculation.training.exit_measures import MEASURES, exit_metrics, scoring
 from self_speculation.training.labels import num_labels
 
@@ -55,9 +56,9 @@ def plot_exits(table: pd.DataFrame, path: Path) -> None:
     """A picture of `evaluate_exits`: loss and agreement with the last layer over the exit layer."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(table["exit_layer"], table["loss"], marker="o", color="tab:red")
+    left.plot(table["exit_layer"], table["loss"], marker="o", color=VERMILION)
     left.set(xlabel="exit layer", ylabel="loss (nats per token)", title="Loss on held-out text")
-    right.plot(table["exit_layer"], table["agreement"], marker="o", color="tab:blue")
+    right.plot(table["exit_layer"], table["agreement"], marker="o", color=BLUE)
     right.set(xlabel="exit layer", ylabel="share of tokens", ylim=(0, 1.02), title="Agreement with the last layer")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from self_speculation.measuring.choices import Choice
 from self_speculation.measuring.measurements import Measurement, Round, ratio
 
 
@@ -219,7 +220,7 @@ class StrategyFigures:
     """All that is known of a strategy. None where it does not apply, and then absent in files.
 
     `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow; `judged`, how many tokens are
-    the full model's.
+    the full model's; `choices`, what its policy chose in all rounds.
     """
 
     comparison: Comparison
@@ -231,6 +232,7 @@ class StrategyFigures:
     ideal_decode_speedup: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
     judged: dict[str, int] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
 
     @property
     def share_of_ideal(self) -> float | None:
@@ -251,4 +253,5 @@ class StrategyFigures:
             | self.scores
             | ({} if self.ideal_decode_speedup is None else ideal)
             | self.judged
+            | ({"choices": [choice.as_json() for choice in self.choices]} if self.choices else {})
         )

@@ -34,7 +34,15 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokeni
 
 from self_speculation.decoding.config import GenerationConfig
 from self_speculation.decoding.request import GenerationRequest
-from self_speculation.decoding.sampling import COUPLED_STREAM, filtered, gumbel, noise, process_logits, warpers
+from self_speculation.decoding.sampling import (
+    COUPLED_STREAM,
+    filtered,
+    gumbel,
+    noise,
+    process_logits,
+    row_keys,
+    warpers,
+)
 
 # The bound in 16 bits, in standard deviations of the measured error, and in more bits, in eps · max|logit|.
 MOST_DEVIATIONS = 8.0
@@ -191,7 +199,8 @@ class Judge:
         if not self.config.sample:
             return Scores.greedy(logits_TV, bounds_T)
         end = len(prompt) + len(tokens) + 1
-        keys_C = noise(self.config.seed, [prompt] * (copy + 1), end)[copy, :, COUPLED_STREAM]
+        keys = row_keys([prompt] * (copy + 1))
+        keys_C = noise(self.config.seed, keys[copy:], end)[0, :, COUPLED_STREAM]
         return Scores.coupled(logits_TV, bounds_T, self.config, keys_C[len(prompt) :])
 
     @torch.inference_mode()

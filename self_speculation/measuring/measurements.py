@@ -1,21 +1,29 @@
 """Answers as they were measured: one, the batch that shared its seconds, and a round over all prompts.
 
-All figures are counted from token ids. Prompts are answered in batches, of one by default. A batch's seconds are those
-of all its rows together, and each row has them in its measurement: *throughput* is the tokens of all rows over the
-batch's seconds, counted once, and *latency* is what a row waits: the seconds until its whole batch is done, and these
-over the row's own tokens. The decode rate counts the tokens after the first delivery and the time since then.
+All figures are counted from token ids. Prompts are asked in lists, of one by default, and a list is answered as a batch
+of its rows. *Throughput* is the tokens of all rows over the list's seconds, counted once, and *latency* is what a row
+waits: its own seconds, and these over its own tokens. The decode rate counts the tokens after the first delivery and
+the time since then, without what it took to read prompts that came later.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationResult
+
+# How many batches a list is long: with more, less is lost at the end of each, and more where a run is interrupted.
+BATCHES_A_LIST = 8
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One answer: its tokens, each step's drafted, accepted and committed tokens, and its batch's times in seconds."""
+    """One answer: its tokens, its times in seconds, and each step's drafted, accepted and committed tokens.
+
+    `request_seconds` are those of its whole list, None if it has none; of the list's steps, `begun_after` were before.
+    `cells` are what a policy chose for the steps, where there is one.
+    """
 
     tokens: list[int]
     text: str
@@ -26,6 +34,9 @@ class Measurement:
     drafted: list[int]
     accepted: list[int]
     committed: list[int]
+    request_seconds: float | None = None
+    begun_after: int = 0
+    cells: list[Cell] = field(default_factory=list)
 
     @classmethod
     def of(cls, result: GenerationResult) -> "Measurement":
@@ -40,6 +51,9 @@ class Measurement:
             drafted=[len(step.drafted) for step in result.steps],
             accepted=result.accepted_per_step,
             committed=[len(step.tokens) for step in result.steps],
+            request_seconds=result.request_seconds,
+            begun_after=result.begun_after,
+            cells=[step.cell for step in result.steps if step.cell],
         )
 
     @property
@@ -55,19 +69,20 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Batch:
-    """Answers that were given together, in the same seconds."""
+    """Answers that were asked for together: rows of one batch, in which prompts that waited came after others."""
 
     rows: list[Measurement]
 
     @property
     def seconds(self) -> float:
         """From the prompts to the last row's last token."""
-        return max(row.seconds for row in self.rows)
+        return max(row.seconds if row.request_seconds is None else row.request_seconds for row in self.rows)
 
     @property
     def decode_seconds(self) -> float:
-        """From the first delivery to the last row's last token."""
-        return max(row.decode_seconds for row in self.rows)
+        """From the first delivery to the last row's last token, but for what it took to read later prompts."""
+        later = {row.begun_after: row.prefill_seconds for row in self.rows if row.begun_after}
+        return max(self.seconds - self.rows[0].first_token_seconds - sum(later.values()), 0.0)
 
     @property
     def num_tokens(self) -> int:
@@ -76,33 +91,39 @@ class Batch:
 
     @property
     def decode_tokens(self) -> int:
-        """All rows' tokens after the first delivery."""
-        return sum(row.decode_tokens for row in self.rows)
+        """All rows' tokens after the first delivery of any."""
+        return self.num_tokens - sum(sum(row.committed[:1]) for row in self.rows if not row.begun_after)
 
     @property
     def steps(self) -> int:
         """Steps after the first delivery: rows step together, until the last of them ends."""
-        return max(len(row.committed[1:]) for row in self.rows)
+        return max(max(row.begun_after + len(row.committed) for row in self.rows) - 1, 0)
 
     @property
     def drafting_passes(self) -> int:
         """Drafts made after the first delivery, by one pass for all rows each."""
-        drafted = itertools.zip_longest(*(row.drafted[1:] for row in self.rows), fillvalue=0)
-        return sum(map(max, drafted))
+        drafted = itertools.zip_longest(*([0] * row.begun_after + row.drafted for row in self.rows), fillvalue=0)
+        return sum(map(max, itertools.islice(drafted, 1, None)))
+
+
+def list_size(batch_size: int, num_prompts: int, num_ranks: int = 1) -> int:
+    """How many prompts are asked for together, so that batches stay full and every rank has a list to answer."""
+    batches = min(BATCHES_A_LIST, -(-num_prompts // (batch_size * num_ranks)))
+    return 1 if batch_size == 1 else batch_size * batches
 
 
 @dataclass
 class Round:
-    """One strategy's answers to all prompts, once, in batches of `batch_size`; the last one may be smaller."""
+    """One strategy's answers to all prompts, once, in lists of `list_size`; the last one may be shorter."""
 
     measurements: list[Measurement] = field(default_factory=list)
-    batch_size: int = 1
+    list_size: int = 1
 
     @property
     def batches(self) -> list[Batch]:
-        """The answers, by batch."""
-        starts = range(0, len(self.measurements), self.batch_size)
-        return [Batch(self.measurements[start : start + self.batch_size]) for start in starts]
+        """The answers, by list."""
+        starts = range(0, len(self.measurements), self.list_size)
+        return [Batch(self.measurements[start : start + self.list_size]) for start in starts]
 
     def total(self, value: Callable[[Measurement], float]) -> float:
         """The sum of a figure over the answers."""
@@ -124,7 +145,7 @@ class Round:
 
     @property
     def decode_seconds_per_token(self) -> float:
-        """What a row waits for each of its tokens after the first delivery, until its whole batch is done: latency."""
+        """What a row waits for each of its tokens after its first delivery: latency."""
         return ratio(self.total(lambda m: m.decode_seconds), self.total(lambda m: m.decode_tokens))
 
 

@@ -1,32 +1,43 @@
-"""Pictures of a grid of exit layers and draft lengths, as PNG and PDF: maps, and predicted against measured."""
+"""Pictures of exit layers and draft lengths, as PNG and PDF: maps of a grid, predictions, and a policy's choices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.cell import Cell, Source
+from self_speculation.measuring.choices import ChosenStep
+from self_speculation.measuring.colours import BLUE, GREY, ORANGE
 from self_speculation.writing import naming
 
 CELL_INCHES = (0.85, 0.42)
+# How steps are drawn, by the source of their drafts: name, colour and marker.
+SOURCES = {
+    Source.EXIT: ("drafts by an exit", BLUE, "o"),
+    Source.LOOKUP: ("drafts by lookup", ORANGE, "s"),
+    Source.NONE: ("no drafts", GREY, "x"),
+}
 
 
 @dataclass(frozen=True)
 class GridMap:
-    """A value in every cell (E, d), a label where there is one, and the cell to mark."""
+    """A value in every cell (E, d), what it is, a label where there is one, and the cell to mark."""
 
     title: str
+    quantity: str
     values: dict[Cell, float]
     labels: dict[Cell, str]
     best: Cell | None = None
 
 
 def save_map(grid: GridMap, path: Path) -> None:
-    """A heat map: exit layers upwards, draft lengths to the right, the best cell in a red frame."""
+    """A heat map: exit layers upwards, draft lengths to the right, the best cell in a frame."""
     exit_layers, drafts = (sorted(set(axis)) for axis in zip(*grid.values, strict=True))
     values = np.array([[grid.values.get(Cell(e, d), np.nan) for d in drafts] for e in exit_layers])
     width, height = CELL_INCHES
@@ -47,8 +58,12 @@ def save_map(grid: GridMap, path: Path) -> None:
         )
     if grid.best is not None:
         x, y = drafts.index(grid.best.num_speculations), exit_layers.index(grid.best.exit_layer)
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
-    figure.colorbar(image)
+        # White on black, which is seen on every colour of the map, by every eye.
+        for colour, width in (("black", 5), ("white", 2)):
+            axes.add_patch(
+                Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False)
+            )
+    figure.colorbar(image, label=grid.quantity)
     _save(figure, path)
 
 
@@ -72,10 +87,72 @@ def save_scatter(predicted: dict[Cell, float], measured: dict[Cell, float], path
     _save(figure, path)
 
 
+def save_choices(steps: Sequence[ChosenStep], path: Path) -> None:
+    """What a policy chose over the course of an answer, step by step, and what was accepted."""
+    _save(_choices_figure(steps), path)
+
+
+def choices_png(steps: Sequence[ChosenStep]) -> bytes:
+    """The same picture for a page."""
+    return _as_bytes(_choices_figure(steps), "png")
+
+
+def _choices_figure(steps: Sequence[ChosenStep]) -> Figure:
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    exits, drafts = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    _draw_exits(exits, steps)
+    _draw_drafts(drafts, steps)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_exits(axes: Axes, steps: Sequence[ChosenStep]) -> None:
+    """Who drafted in each step: an exit layer, the lookup or nobody."""
+    rows = [_drafter(step) for step in steps]
+    # From below: nobody, the lookup, the exits.
+    upward = sorted(steps, key=lambda step: ([Source.NONE, Source.LOOKUP, Source.EXIT].index(step.cell.source), step))
+    names = list(dict.fromkeys(map(_drafter, upward)))
+    for source, (label, colour, marker) in SOURCES.items():
+        own = [index for index, step in enumerate(steps) if step.cell.source == source]
+        if own:
+            places = [names.index(rows[index]) for index in own]
+            axes.scatter([index + 1 for index in own], places, s=14, color=colour, marker=marker, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.set_ylabel("drafted by\nexit layer E")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _draw_drafts(axes: Axes, steps: Sequence[ChosenStep]) -> None:
+    """Each step's draft, what of it was accepted filled."""
+    colours = [SOURCES[step.cell.source][1] for step in steps]
+    places = range(1, len(steps) + 1)
+    axes.bar(places, [step.drafted for step in steps], 0.8, color="white", edgecolor=colours, linewidth=0.8)
+    axes.bar(places, [step.accepted for step in steps], 0.8, color=colours, edgecolor=colours, linewidth=0.8)
+    axes.bar(0, 0, color="white", edgecolor=GREY, label="drafted")
+    axes.bar(0, 0, color=GREY, edgecolor=GREY, label="accepted")
+    axes.set(xlabel="step of the answer", ylabel="drafted tokens d", xlim=(0, len(steps) + 1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _drafter(step: ChosenStep) -> str:
+    """A row's name: the number of an exit layer, or what stands in the place of one."""
+    source = step.cell.source
+    return str(step.cell.exit_layer) if source == Source.EXIT else str(source)
+
+
 def _save(figure: Figure, path: Path) -> None:
     for suffix in (".png", ".pdf"):
-        # On a full disk matplotlib's writer of PDF fails over its own failure, so it writes to memory.
-        picture = BytesIO()
-        figure.savefig(picture, dpi=130, format=suffix.removeprefix("."))
+        picture = _as_bytes(figure, suffix.removeprefix("."))
         with naming(path.with_suffix(suffix)):
-            path.with_suffix(suffix).write_bytes(picture.getvalue())
+            path.with_suffix(suffix).write_bytes(picture)
+
+
+def _as_bytes(figure: Figure, format: str) -> bytes:
+    """The picture in memory: on a full disk matplotlib's writer of PDF fails over its own failure."""
+    picture = BytesIO()
+    figure.savefig(picture, dpi=130, format=format)
+    return picture.getvalue()

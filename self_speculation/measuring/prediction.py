@@ -100,7 +100,7 @@ def acceptance_chances(
 
     if not config.sample or config.sampling == "coupled":
         rule = verification_rule(config)
-        noise_1NS = noise(config.seed, request.prompts, tokens_1T.shape[1])[:, first + 1 :].to(tokens_1T.device)
+        noise_1NS = noise(config.seed, request.row_keys, tokens_1T.shape[1])[:, first + 1 :].to(tokens_1T.device)
         drafts = [rule.propose(logits(exit_layer, draft_head), noise_1NS)[0] for exit_layer in exit_layers]
         return (torch.cat(drafts) == tokens_1T[:, first + 1 :]).double().cpu().numpy()
     filters = warpers(config.temperature, config.top_k, config.top_p)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Totals
@@ -33,6 +34,8 @@ COLUMNS = (
     "tokens_per_step",
 )
 AUTOREGRESSIVE = "autoregressive"
+# How often the grid is widened, and by how many draft lengths, while the best cell lies at its end.
+WIDENINGS, MORE_DRAFTS = 3, 2
 
 Mode = Literal["grid", "fast", "both"]
 
@@ -43,6 +46,7 @@ class SearchPlan:
 
     `finalists` are the best cells so far, measured again `repeats` times, interleaved, to choose one. `profile_samples`
     are the answers that a prediction looks at. In mode `both` the two modes' choices meet in `duel_repeats` rounds.
+    While the best cell has the greatest draft length, some longer ones are looked at, `draft_step` apart; None if not.
     """
 
     mode: Mode
@@ -50,6 +54,7 @@ class SearchPlan:
     repeats: int
     profile_samples: int
     duel_repeats: int
+    draft_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,11 @@ class Findings:
         return next(iter(self.final))
 
     @property
+    def cells(self) -> list[Cell]:
+        """All cells that were looked at."""
+        return list(dict.fromkeys([*(cell for cell in self.grid if cell), *self.predicted, *self.final]))
+
+    @property
     def is_faster(self) -> bool:
         """Whether it is faster than autoregressive decoding."""
         return self.final[self.best].speedup.speedup > 1
@@ -121,9 +131,9 @@ class Findings:
         labels = {cell: f"{value / baseline:.2f}×" for cell, value in speed.items()}
         pictures = [folder / "sweep_speed.png", folder / "sweep_acceptance.png"]
         title = f"Tokens/s, {kind}; in the cells: over autoregressive decoding"
-        save_map(GridMap(title, speed, labels, self.best), pictures[0])
+        save_map(GridMap(title, "tokens/s", speed, labels, self.best), pictures[0])
         labels = {cell: f"{value:.0%}" for cell, value in rates.items()}
-        save_map(GridMap(f"Acceptance rate, {kind}", rates, labels, self.best), pictures[1])
+        save_map(GridMap(f"Acceptance rate, {kind}", "accepted / drafted", rates, labels, self.best), pictures[1])
         if self.grid and self.predicted:
             pictures.append(folder / "sweep_prediction.png")
             predicted = {cell: one.tokens_per_second for cell, one in self.predicted.items()}
@@ -170,7 +180,8 @@ class Sweep:
         rows = {row.cell: row for row in log.read(GridRow.from_json)}
         with GridTable(log.folder / "sweep.csv", rows) as table:
             todo = [cell for cell in (None, *cells) if cell not in rows]
-            progress = tqdm(todo, desc="Measuring cells", unit="cell", initial=len(rows), total=len(cells) + 1)
+            num_cells = len(rows) + len(todo)
+            progress = tqdm(todo, desc="Measuring cells", unit="cell", initial=len(rows), total=num_cells)
             for cell in progress:
                 rows[cell] = self.measure(cell)
                 log.append(rows[cell].as_json())
@@ -249,7 +260,10 @@ def search(sweep: Sweep, cells: list[Cell], log: RunLog, plan: SearchPlan) -> Fi
     if fast is not None and plan.mode == "fast":
         return fast
     rows = sweep.grid(cells, log)
-    ranked = sorted(cells, key=lambda cell: -rows[cell].tokens_per_second)
+    for _ in range(WIDENINGS):
+        more = longer_drafts({cell: row.tokens_per_second for cell, row in rows.items() if cell}, plan.draft_step)
+        rows = sweep.grid(more, log) if more else rows
+    ranked = sorted(filter(None, rows), key=lambda cell: -rows[cell].tokens_per_second)
     seconds = {"grid": sum(row.wall_seconds for row in rows.values())}
     if fast is None:
         final = sweep.final(ranked[: plan.finalists], len(sweep.prompts), plan.repeats)
@@ -259,11 +273,29 @@ def search(sweep: Sweep, cells: list[Cell], log: RunLog, plan: SearchPlan) -> Fi
     return Findings(final, rows, fast.predicted, fast.seconds | seconds, choices)
 
 
+def longer_drafts(speeds: dict[Cell, float], step: int | None) -> list[Cell]:
+    """Cells to look at beyond the greatest draft length, at the best exit and its neighbours, if the best cell has it.
+
+    `speeds` are tokens a second; without a step there are none.
+    """
+    best, most = max(speeds, key=lambda cell: speeds[cell]), max(cell.num_speculations for cell in speeds)
+    if step is None or best.num_speculations < most:
+        return []
+    drafts = (most + number * step for number in range(1, MORE_DRAFTS + 1))
+    exit_layers = sorted({cell.exit_layer for cell in speeds})
+    place = exit_layers.index(best.exit_layer)
+    near = exit_layers[max(0, place - 1) : place + 2]
+    return [Cell(exit_layer, d) for d in drafts if d <= MOST_SPECULATIONS for exit_layer in near]
+
+
 def fast_search(sweep: Sweep, cells: list[Cell], plan: SearchPlan) -> Findings:
     """Predict every cell and measure the best few."""
     start = time.perf_counter()
     predicted = sweep.predictions(cells, plan.profile_samples)
-    ranked = sorted(cells, key=lambda cell: -predicted[cell].tokens_per_second)
+    for _ in range(WIDENINGS):
+        more = longer_drafts({cell: one.tokens_per_second for cell, one in predicted.items()}, plan.draft_step)
+        predicted |= sweep.predictions(more, plan.profile_samples) if more else {}
+    ranked = sorted(predicted, key=lambda cell: -predicted[cell].tokens_per_second)
     final = sweep.final(ranked[: plan.finalists], plan.profile_samples, plan.repeats)
     seconds = {"fast": time.perf_counter() - start}
     return Findings(final, predicted=predicted, seconds=seconds, choices={"fast": next(iter(final))})

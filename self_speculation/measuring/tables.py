@@ -6,7 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.cell import Cell, Source
+from self_speculation.measuring.choices import Choice
 from self_speculation.measuring.figures import Comparison, SpeedUp, StrategyFigures
 
 # A figure as text; None or nothing where there is none.
@@ -64,6 +65,36 @@ def print_figures(figures: dict[str, StrategyFigures], console: Console) -> None
         if counts.drafted:
             rates = " ".join(f"{rate:.0%}" for rate in counts.acceptance_by_position)
             console.print(f"Acceptance by draft position, {name}: {rates}")
+    for name, own in figures.items():
+        if own.choices:
+            console.print(f"What {name} chose:", choice_table(own.choices))
+
+
+CHOICE_COLUMNS = ("drafts by", "d", "steps", "share of\nsteps", "tokens\n/step", "accepted")
+
+
+def choice_rows(found: Sequence[Choice]) -> list[tuple[str, ...]]:
+    """A policy's choices as text: a source, and behind it its cells."""
+    return [
+        (
+            str(choice.source) if choice.exit_layer is None else f"  {_drafter(choice)}",
+            str(choice.num_speculations or ""),
+            str(choice.steps),
+            f"{choice.share_of_steps:.1%}",
+            f"{choice.tokens_per_step:.2f}",
+            styled(choice.acceptance_rate, "{:.1%}"),
+        )
+        for choice in found
+    ]
+
+
+def _drafter(choice: Choice) -> str:
+    return f"exit {choice.exit_layer}" if choice.source == Source.EXIT else str(choice.source)
+
+
+def choice_table(found: Sequence[Choice]) -> Table:
+    """What a policy chose, and what came of it."""
+    return plain_table(CHOICE_COLUMNS, choice_rows(found))
 
 
 def finalist_table(final: dict[Cell, Comparison]) -> Table:

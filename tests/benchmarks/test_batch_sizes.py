@@ -62,7 +62,7 @@ def test_every_size_answers_the_same_prompts(
 
     class Noted(Contestant):
         def run(self, prompts: list[list[int]]) -> list[Measurement]:
-            key = (self.config.generation_strategy, len(prompts))
+            key = (self.config.generation_strategy, self.batch_size)
             asked[key] += prompts
             order.append(key)
             return super().run(prompts)
@@ -74,8 +74,8 @@ def test_every_size_answers_the_same_prompts(
     assert once[4:] == once[:2]
     assert len(set(map(tuple, once))) == 4
     # Strategies begin in turns, and all sizes go through the prompts side by side.
-    assert order[:4] == [("autoregressive", 1), ("self_speculative", 1), ("self_speculative", 2), ("autoregressive", 2)]
-    assert [size for strategy, size in order if strategy == "autoregressive"] == [1, 2, 1, 3, 1, 2, 1, 1, 3, 2, 1] * 2
+    assert order[:4] == [("autoregressive", 1), ("self_speculative", 1), ("self_speculative", 1), ("autoregressive", 1)]
+    assert [size for strategy, size in order if strategy == "autoregressive"] == [1, 1, 1, 2, 3, 1, 1, 1] * 2
 
     logs = tmp_path / "logs"
     table = table_of(logs)
@@ -109,22 +109,22 @@ def test_a_text_that_is_not_the_same_ends_with_1(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One row of the batches of two answers something that rounding does not explain."""
+    """One row of the list in batches of two answers something that rounding does not explain."""
 
     class Wrong(Contestant):
         def run(self, prompts: list[list[int]]) -> list[Measurement]:
             answers = super().run(prompts)
-            if len(prompts) == 2 and self.config.generation_strategy == "autoregressive":
+            if self.batch_size == 2 and self.config.generation_strategy == "autoregressive":
                 answers[1].tokens[2] = (answers[1].tokens[2] + 1) % 300
             return answers
 
     flags = ["--data_path", rows, "--repeats", 1, "--batch_sizes", 2]
     assert run(partial(batch_sizes.main, Wrong), *SHORT[:-5], *flags) == 1
     said = capsys.readouterr().out
-    assert said.splitlines()[-1].endswith("; 14 of 16 texts are the same as alone, 0 ties, 2 failures.")
-    assert "all but 2" in said
+    assert said.splitlines()[-1].endswith("; 15 of 16 texts are the same as alone, 0 ties, 1 failures.")
+    assert "all but 1" in said
     [row] = [row for row in table_of(tmp_path / "logs") if row["failures"] != "0"]
-    assert (row["strategy"], row["batch_size"], row["failures"]) == ("autoregressive", "2", "2")
+    assert (row["strategy"], row["batch_size"], row["failures"]) == ("autoregressive", "2", "1")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.commands.interactive import InterruptKey, read_prompts
 from self_speculation.loading import BUNDLED_CHECKPOINT
 from self_speculation.measuring.probes import Probes
+from self_speculation.measuring.report_sources import read_sections
 
 PROMPT = "def add(a, b):"
 
@@ -85,7 +86,23 @@ def test_correctness_passes_over_a_grid_and_writes_one_document(
         (exit_layer, drafts) for exit_layer in (1, 2, 3) for drafts in (1, 4)
     ]
     assert all(cell["num_samples"] == 3 and not cell["differences"] for cell in found["cells"])
+    [section] = read_sections(tmp_path / "logs", most_answers=1)
+    assert (section.summary, len(section.tables[0].rows)) == ("PASS", 6)
+    assert section.settings["exit_layer"] is None
     assert "PASS: 18 runs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BUNDLED_CHECKPOINT.is_dir(), reason="the bundled checkpoint is not there")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_bundled_checkpoint_is_exact_in_16_bits(dtype: str, run: Callable[..., int], tmp_path: Path) -> None:
+    """Three prompts together give what each gives alone, with drafts of all kinds; no tie is accepted."""
+    grid = ["--exit_layer", "1,3,11", "--num_speculations", "1,8", "--num_samples", 3, "--batch_size", 3]
+    flags = ["--model", BUNDLED_CHECKPOINT, "--dtype", dtype, "--exact", "True", "--max_steps", 24]
+    assert run(correctness.main, *flags, *grid) == 0
+    cells = json.loads((tmp_path / "logs" / "correctness.json").read_text())["cells"]
+    assert [(cell["num_samples"], cell["ties"], cell["failures"]) for cell in cells] == [(3, 0, 0)] * 6
+    assert min(cell["acceptance_rate"] for cell in cells) < 0.5 < max(cell["acceptance_rate"] for cell in cells)
 
 
 def test_correctness_shortens_articles_that_do_not_fit_and_says_so(

@@ -1,6 +1,7 @@
 """The sweep, by the grid and by the prediction, on a tiny model; killed and resumed; and its pictures."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import random
@@ -23,12 +24,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.commands import generate, sweep
 from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, load, read_recommendation
 from self_speculation.measuring.contestants import Contestant
 from self_speculation.measuring.measurements import Measurement
+from self_speculation.measuring.prediction import Prediction
+from self_speculation.measuring.report_sources import read_sections
 from self_speculation.measuring.run_log import RunLog
-from self_speculation.measuring.sweep import Findings, GridRow, SearchPlan, Sweep, search
+from self_speculation.measuring.sweep import Findings, GridRow, SearchPlan, Sweep, longer_drafts, search
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 6
@@ -239,6 +243,59 @@ def test_what_should_be_known_of_the_best_cell(best: Cell, speedup: float, sente
         assert re.search(pattern, sentence)
 
 
+@pytest.mark.parametrize(
+    ("best", "step", "cells"),
+    [
+        (Cell(3, 6), 1, [(1, 7), (3, 7), (4, 7), (1, 8), (3, 8), (4, 8)]),
+        (Cell(1, 6), 2, [(1, 8), (3, 8), (1, 10), (3, 10)]),
+        (Cell(3, 5), 1, []),
+        (Cell(3, 6), None, []),
+        (Cell(3, MOST_SPECULATIONS - 1), 1, [(exit_layer, MOST_SPECULATIONS) for exit_layer in (1, 3, 4)]),
+    ],
+)
+def test_longer_drafts_are_looked_at_where_the_best_cell_has_the_longest(
+    best: Cell, step: int | None, cells: list[tuple[int, int]]
+) -> None:
+    """At its exit and the neighbours of it."""
+    most = max(6, best.num_speculations)
+    speeds = {Cell(exit_layer, d): 1.0 for exit_layer in (1, 3, 4, 9) for d in (5, 6, most)}
+    assert longer_drafts(speeds | {best: 2.0}, step) == cells
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("mode", ["grid", "fast"])
+@pytest.mark.parametrize(("given", "greatest"), [([], 8), (["--num_speculations_last", 6], 6)])
+def test_a_range_that_was_not_given_is_widened(
+    mode: str, given: list[object], greatest: int, run_sweep: Run, logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the longer drafts are faster up to eight; the best cell is one of those beyond the first range."""
+
+    def speed(cell: Cell | None) -> float:
+        return 1.0 if cell is None else 10.0 - abs(cell.num_speculations - 8)
+
+    measure = Sweep.measure
+
+    def measured(self: Sweep, cell: Cell | None) -> GridRow:
+        row = measure(self, None if cell is None else Cell(1, 1))
+        times = dataclasses.replace(row.totals.times, tokens_per_second=speed(cell))
+        return GridRow(cell, dataclasses.replace(row.totals, times=times), row.wall_seconds)
+
+    def predicted(self: Sweep, cells: list[Cell], num_samples: int) -> dict[Cell, Prediction]:
+        return {cell: Prediction(*cell, speed(cell), 0.5, 2.0) for cell in cells}
+
+    monkeypatch.setattr(Sweep, "measure", measured)
+    monkeypatch.setattr(Sweep, "predictions", predicted)
+    flags = ["--mode", mode, "--exit_layer_first", 2, "--exit_layer_last", 2, "--num_speculations_first", 5]
+    assert run_sweep(*flags, *given, "--num_samples", 1, "--max_steps", 2) == 0
+    found = document(logs)
+    assert found["best"]["num_speculations"] == greatest
+    looked_at = [row["cell"] for row in found["grid"][1:]] or [
+        [one["exit_layer"], one["num_speculations"]] for one in found["predicted"]
+    ]
+    # Twice: after the first time the best still had the longest draft.
+    assert looked_at == [[2, d] for d in range(5, 11 if greatest == 8 else 7)]
+
+
 def test_a_choice_is_kept_beside_the_weights(tmp_path: Path) -> None:
     cases = [{"dtype": "float32", "exit_layer": 1, "num_speculations": 1}]
     path = tmp_path / "layerskip.json"
@@ -381,6 +438,15 @@ def test_fast_foretells_exactly_what_the_grid_counts_and_both_duel(
     assert duellists[0] == [found["best"]["exit_layer"], found["best"]["num_speculations"]]
     assert_is_picture(logs / "sweep_prediction.png")
     assert str(logs / "sweep_prediction.png") in capsys.readouterr().out
+
+    [section] = read_sections(logs, most_answers=1)
+    assert f"{found['best']['speedup']:.2f} ×" in section.summary
+    assert [(table.title, len(table.rows)) for table in section.tables] == [
+        ("The best cells, measured again", len(found["final"])),
+        ("Measured cells", 10),
+        ("Predicted cells", 9),
+    ]
+    assert list(section.pictures) == ["Speed", "Acceptance", "Predicted against measured"]
 
 
 @pytest.mark.parametrize("mode", ["grid", "fast", "both"])

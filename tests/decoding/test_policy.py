@@ -9,9 +9,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.adaptive_step import evened_out
+from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
-from self_speculation.decoding.policy import FREE, MOST_LOST, Acceptance, Policy
+from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
 from self_speculation.decoding.verification import Draft
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
@@ -52,6 +53,21 @@ def test_the_draft_length_follows_the_counts(history: list[tuple[Cell, int]], ch
     policy = learn(Policy(costs(2), first=2), *history)
     policy.elapsed = 0.0
     assert policy.choose(8) == choice
+
+
+@pytest.mark.parametrize(
+    ("timed", "expected"),
+    [
+        ({1: 2.0, 2: 3.0, 3: 4.0}, {1: 2.0, 2: 3.0, 3: 4.0, 5: 6.0}),
+        ({1: 2.0, 2: 3.2, 3: 3.8}, {1: 2.1, 2: 3.0, 3: 3.9, 5: 5.7}),
+        # Other work slowed the last one: the line would begin below zero.
+        ({1: 1.0, 2: 1.0, 3: 1.0, 8: 30.0}, {1: 1.0, 2: 1.5, 8: 28.5}),
+    ],
+    ids=["a line", "noise", "a slow one"],
+)
+def test_costs_are_evened_out(timed: dict[int, float], expected: dict[int, float]) -> None:
+    line = evened_out(timed)
+    assert {drafts: line(drafts) for drafts in expected} == pytest.approx(expected, abs=0.05)
 
 
 def test_what_there_is_no_room_for_is_not_chosen() -> None:
@@ -167,7 +183,7 @@ def test_a_certain_draft_is_judged_by_the_rule(sampling: str) -> None:
     logits_BTV = probabilities_V.log().expand(rows, 2, 4)
     token_B1 = torch.full((rows, 1), 2)
     noise_BTS = torch.rand(rows, 2, NUM_STREAMS, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    noise_BTS[..., COUPLED_STREAM] = noise(5, [[n] for n in range(rows)], 2)[..., COUPLED_STREAM]
+    noise_BTS[..., COUPLED_STREAM] = noise(5, range(rows), 2)[..., COUPLED_STREAM]
     draft = Draft(token_B1, [rule.certain(token_B1, 4)], torch.ones(rows, dtype=torch.long))
     verdict = rule.judge(draft, logits_BTV, noise_BTS)
     assert verdict.accepted_B.double().mean() == pytest.approx(0.3, abs=0.03)

@@ -8,7 +8,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.sampling import NUM_STREAMS, draw, noise, probabilities, process_logits, warpers
+from self_speculation.decoding.sampling import (
+    NUM_STREAMS,
+    draw,
+    noise,
+    probabilities,
+    process_logits,
+    row_keys,
+    warpers,
+)
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
@@ -72,14 +80,14 @@ def test_probabilities_are_those_of_generate(
 
 def test_noise_belongs_to_seed_row_and_position() -> None:
     a, b = [5, 6], [7]
-    noise_BCS = noise(3, [a, b, a], 40)
+    noise_BCS = noise(3, row_keys([a, b, a]), 40)
     assert noise_BCS.shape == (3, 40, NUM_STREAMS)
     assert noise_BCS.dtype == torch.float64
     assert 0 <= noise_BCS.min() <= noise_BCS.max() < 1
     for prompts, rows in (([a], [0]), ([b], [1]), ([b, a], [1, 0]), ([a, a], [0, 2])):
-        assert torch.equal(noise(3, prompts, 25), noise_BCS[rows, :25]), "not the same in another batch"
+        assert torch.equal(noise(3, row_keys(prompts), 25), noise_BCS[rows, :25]), "not the same in another batch"
     assert not torch.equal(noise_BCS[0], noise_BCS[2]), "two copies of a prompt share their noise"
-    assert not torch.equal(noise(4, [a], 40)[0], noise_BCS[0]), "the seed has no effect"
+    assert not torch.equal(noise(4, row_keys([a]), 40)[0], noise_BCS[0]), "the seed has no effect"
 
 
 class RecordingProcessor(LogitsProcessor):

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.sampling import ACCEPT_STREAM, DRAFT_STREAM, NUM_STREAMS, RECOVER_STREAM, noise, warpers
+from self_speculation.decoding.sampling import (
+    ACCEPT_STREAM,
+    DRAFT_STREAM,
+    NUM_STREAMS,
+    RECOVER_STREAM,
+    noise,
+    row_keys,
+    warpers,
+)
 from self_speculation.decoding.verification import (
     Draft,
     GreedyRule,
@@ -199,7 +207,7 @@ def test_drawing_has_the_targets_distribution() -> None:
     generator = torch.Generator().manual_seed(3)
     p_TV = torch.softmax(torch.randn(num_drafted + 1, VOCABULARY, generator=generator), -1)
     q_dV = torch.softmax(torch.randn(num_drafted, VOCABULARY, generator=generator), -1)
-    noise_BTS = noise(0, [[7]] * num_rows, num_drafted + 1)
+    noise_BTS = noise(0, range(num_rows), num_drafted + 1)
     tokens, distributions = zip(
         *(
             RULE.propose(q_dV[index].log().expand(num_rows, 1, -1), noise_BTS[:, index : index + 1])
@@ -230,4 +238,4 @@ def test_noise_streams_are_disjoint() -> None:
     noise_1TS[0, 1, RECOVER_STREAM] = 0.0
     assert verify_one(Q, P, [0, 1], noise_1TS) == [0, 0]
     assert len({DRAFT_STREAM, ACCEPT_STREAM, RECOVER_STREAM}) == 3
-    assert len(noise(0, [[1], [1]], 50).unique()) == 2 * 50 * NUM_STREAMS
+    assert len(noise(0, row_keys([[1], [1]]), 50).unique()) == 2 * 50 * NUM_STREAMS

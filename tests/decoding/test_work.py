@@ -40,7 +40,7 @@ def decode(strategy: GenerationStrategy, request: GenerationRequest) -> list[lis
     tokens: list[list[int]] = [[] for _ in request.prompts]
     for step in strategy.steps(request):
         for row, row_step in zip(tokens, step.rows, strict=True):
-            row += row_step.tokens
+            row += row_step.tokens if row_step else []
     return tokens
 
 
@@ -89,6 +89,13 @@ def work_of_steps(strategy: GenerationStrategy, request: GenerationRequest, coun
 # Layers and head
 
 
+def prefill_work(request: GenerationRequest, num_layers: int = NUM_LAYERS) -> Work:
+    """Each row by itself, without padding, in so many layers."""
+    lengths = [len(prompt) - 1 for prompt in request.prompts]
+    others = [0] * (NUM_LAYERS - num_layers)
+    return Work([sum(lengths)] * num_layers + others, [sum(map(bool, lengths))] * num_layers + others, 0)
+
+
 @pytest.mark.parametrize("num_rows", [1, 4])
 @pytest.mark.parametrize("num_speculations", [0, 1, 3])
 @pytest.mark.parametrize("exit_layer", [1, 4, 6])
@@ -98,7 +105,7 @@ def test_work_of_a_self_speculative_step(
     """d·E + L layer applications, each of the d + 1 tokens once per layer, and d + (d + 1) rows of the LM head."""
     request = make_request(make_prompts()[-num_rows:], exit_layer=exit_layer, num_speculations=num_speculations)
     prefill, *steps = work_of_steps(SelfSpeculativeStrategy(model), request, 3)
-    assert prefill == Work([59] * NUM_LAYERS, [1] * NUM_LAYERS, 0)
+    assert prefill == prefill_work(request)
     drafting, verifying = exit_layer, NUM_LAYERS - exit_layer
     for work in steps:
         assert sum(work.layer_calls) == num_speculations * exit_layer + NUM_LAYERS
@@ -112,7 +119,7 @@ def test_work_of_an_autoregressive_step(exit_layer: int | None, model: LlamaForC
     """All layers, whatever `exit_layer` says."""
     request = make_request(make_prompts(), exit_layer=exit_layer)
     prefill, *steps = work_of_steps(AutoregressiveStrategy(model), request, 3)
-    assert prefill == Work([59] * NUM_LAYERS, [1] * NUM_LAYERS, 0)
+    assert prefill == prefill_work(request)
     assert steps == [Work([1] * NUM_LAYERS, [1] * NUM_LAYERS, 1)] * 2
 
 
@@ -122,7 +129,7 @@ def test_work_of_an_early_exit_step(exit_layer: int, model: LlamaForCausalLM) ->
     request = make_request(make_prompts(), exit_layer=exit_layer)
     prefill, *steps = work_of_steps(EarlyExitStrategy(model), request, 3)
     mine, others = [1] * exit_layer, [0] * (NUM_LAYERS - exit_layer)
-    assert prefill == Work([59 * one for one in mine] + others, mine + others, 0)
+    assert prefill == prefill_work(request, exit_layer)
     assert steps == [Work(mine + others, mine + others, 1)] * 2
     keys = EarlyExitStrategy(model).begin(request).step.rows.cache.keys
     assert [one is not None for one in keys] == [bool(one) for one in mine + others]
@@ -206,7 +213,7 @@ def test_stale_entries_are_invisible(strategy: type[StepwiseStrategy], model: Ll
         with torch.inference_mode():
             poison(session.step.rows)
     assert steps == expected
-    rejected = [row.is_rejected for step in steps for row in step.rows]
+    rejected = [row.is_rejected for step in steps for row in step.rows if row]
     assert any(rejected) == (strategy is SelfSpeculativeStrategy)
 
 

@@ -104,8 +104,8 @@ def test_ideal_speedup_by_the_formula() -> None:
 
 def test_ideal_speedup_of_a_batch() -> None:
     """Rows share passes: the batch has the steps and drafts of its longest row, and everyone's tokens."""
-    ours = Round([LONG, measured([3, 3], [1, 1], [2, 2], (0, 1, 1))], batch_size=2)
-    plain = Round([measured([0] * 9, [0] * 9, [1] * 9, (0, 1, 1)), PLAIN], batch_size=2)
+    ours = Round([LONG, measured([3, 3], [1, 1], [2, 2], (0, 1, 1))], list_size=2)
+    plain = Round([measured([0] * 9, [0] * 9, [1] * 9, (0, 1, 1)), PLAIN], list_size=2)
     seconds = 6 * (2 + 1) + 2 * (2 + 5.5)
     expected = ((8 + 2) / seconds) / ((8 + 3) / (8 * (6 + 1.25)))
     assert ideal_speedup(ours, plain, COSTS, Cell(2, 3), 6) == pytest.approx(expected)

@@ -42,9 +42,9 @@ TIMES = (
 
 def test_a_measurement_of_a_result() -> None:
     steps = [RowStep([1, 2, 3], 1, [1, 9]), RowStep([4], 1, [4], StopReason.END_OF_SEQUENCE)]
-    result = GenerationResult("ab", [1, 9, 4], StopReason.END_OF_SEQUENCE, 0.5, 1.5, 2.0, steps)
+    result = GenerationResult("ab", [1, 9, 4], StopReason.END_OF_SEQUENCE, 0.5, 1.5, 2.0, steps, 4.5, 7)
     found = Measurement.of(result)
-    assert found == Measurement([1, 9, 4], "ab", "end_of_sequence", 0.5, 1.5, 2.0, [3, 1], [1, 1], [2, 1])
+    assert found == Measurement([1, 9, 4], "ab", "end_of_sequence", 0.5, 1.5, 2.0, [3, 1], [1, 1], [2, 1], 4.5, 7)
     assert (found.seconds, found.decode_tokens) == (3.5, 1)
     assert Measurement(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
@@ -127,7 +127,7 @@ TOGETHER = [LONG, measured([3], [3], [4], (0.5, 1.0, 2.0))]
 
 def test_the_seconds_of_a_batch_count_once() -> None:
     """Throughput is of all rows together; latency is what each row waits."""
-    one = Round([*TOGETHER, PLAIN], batch_size=2)
+    one = Round([*TOGETHER, PLAIN], list_size=2)
     assert one.batches == [Batch(TOGETHER), Batch([PLAIN])]
     times = Times.of(one).as_json()
     assert times["seconds"] == 3.0 + 2.0
@@ -138,6 +138,19 @@ def test_the_seconds_of_a_batch_count_once() -> None:
     assert times["mean_decode_tokens_per_second"] == (8 / 2 + 3 / 1.5) / 2
     assert times["decode_seconds_per_token"] == (2.0 + 2.0 + 1.5) / (8 + 0 + 3)
     assert Counts.of(one) == Counts.of(Round([*TOGETHER, PLAIN]))
+
+
+def test_a_list_in_which_a_prompt_waited() -> None:
+    """Two rows at once; the third prompt takes the second row after one step, and is read in a quarter of a second."""
+    others = [dataclasses.replace(row, request_seconds=4.0) for row in TOGETHER]
+    late = measured([3, 2, 1], [0, 0, 0], [1, 1, 1], (0.25, 0.5, 1.0))
+    one = Batch([*others, dataclasses.replace(late, request_seconds=4.0, begun_after=1)])
+    assert one.seconds == 4.0
+    assert one.decode_seconds == 4.0 - 1.0 - 0.25
+    assert one.decode_tokens == 8 + 0 + 3
+    assert one.steps == 4 - 1
+    assert one.drafting_passes == 3 + 3 + 1
+    assert Round(one.rows, list_size=16).tokens_per_second == 19 / 4.0
 
 
 def test_a_batch_is_compared_as_a_whole() -> None:

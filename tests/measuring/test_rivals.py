@@ -179,7 +179,7 @@ OTHER_PROMPTS = [[5, 60], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12], [200]]
 def by_row(strategy: GenerationStrategy, request: GenerationRequest) -> list[list[RowStep]]:
     """Each row's own steps: those that were not empty, for it had ended."""
     rows = zip(*(step.rows for step in strategy.steps(request)), strict=True)
-    return [[step for step in row if step != RowStep()] for row in rows]
+    return [[step for step in row if step not in (None, RowStep())] for row in rows]
 
 
 def batch_of(prompts: list[list[int]], **fields: object) -> GenerationRequest:
