@@ -52,8 +52,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
 Recommended (in `layerskip.json`): exit layer {exit_layer}, {num_speculations} drafts. `generate` takes others:
-`exit_layer=…, num_speculations=…`. So do `pipeline("text-generation", "{name}", trust_remote_code=True)`
-and `transformers serve "{name}" --trust-remote-code` decode.
+`exit_layer=…, num_speculations=…`. `pipeline("text-generation", "{name}", trust_remote_code=True)` and
+`transformers serve "{name}" --trust-remote-code` decode like this, too.
 """
 
 
