@@ -1,8 +1,8 @@
 """LayerSkip: early-exit training and lossless self-speculative decoding (arXiv 2404.16710).
 
->>> from self_speculation import generate, load
->>> model, tokenizer = load()
->>> generate(model, tokenizer, "def add(a, b):", max_new_tokens=64, sample=False).text
+>>> from self_speculation import LayerSkip
+>>> llm = LayerSkip.from_pretrained()
+>>> llm.generate("def add(a, b):", max_new_tokens=64, sample=False)
 
 Names are imported when they are asked for, so that training does not load what only decoding needs.
 """
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         GenerationStrategy,
         HuggingfaceLlamaGenerator,
     )
+    from self_speculation.llm import LayerSkip
     from self_speculation.loading import ModelArguments
     from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
     from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer
+    from self_speculation.transformers_generate import layerskip_generate
 
 __version__ = "0.2.0"
 __all__ = [
@@ -33,12 +35,14 @@ __all__ = [
     "GenerationResult",
     "GenerationStrategy",
     "HuggingfaceLlamaGenerator",
+    "LayerSkip",
     "ModelArguments",
     "PlainTextStreamer",
     "SelfSpeculativeStrategy",
     "SpeculativeTextStreamer",
     "__version__",
     "generate",
+    "layerskip_generate",
     "load",
 ]
 
@@ -50,11 +54,13 @@ _HOMES = {
     "GenerationResult": "generator_base",
     "GenerationStrategy": "generator_base",
     "HuggingfaceLlamaGenerator": "generator_base",
+    "LayerSkip": "llm",
     "ModelArguments": "loading",
     "PlainTextStreamer": "speculative_streamer",
     "SelfSpeculativeStrategy": "self_speculation_generator",
     "SpeculativeTextStreamer": "speculative_streamer",
     "generate": "api",
+    "layerskip_generate": "transformers_generate",
     "load": "api",
 }
 

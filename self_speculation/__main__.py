@@ -1,4 +1,4 @@
-"""The program `layerskip`: one verb for each of the scripts, and one for a page of what they wrote.
+"""The program `layerskip`: one verb for each of the scripts, and three more.
 
 layerskip generate --generation_strategy self_speculative --prompt "class Stack:"
 layerskip benchmark --help
@@ -17,6 +17,8 @@ VERBS = {
     "sweep": "find the fastest exit layer and draft length",
     "eval": "score a model with lm-evaluation-harness",
     "train": "train with layer dropout and early-exit loss",
+    "export": "write a model folder that decodes self-speculatively in transformers",
+    "serve": "serve a model as OpenAI's interface does",
     "report": "show what they wrote as a page of HTML",
 }
 HELP = "\n".join(
@@ -31,6 +33,7 @@ EXTRAS = {
     "sweep": "bench",
     "eval": "eval",
     "train": "train",
+    "serve": "serve",
     "report": "bench",
 }
 

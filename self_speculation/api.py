@@ -1,4 +1,4 @@
-"""Decoding in three lines: a model by its name, and answers to prompts."""
+"""Decoding in three lines, as functions: a model by its name, and answers to prompts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from self_speculation import loading
-from self_speculation.generator_base import (
-    GenerationConfig,
-    GenerationResult,
-    HuggingfaceLlamaGenerator,
-    StepStreamer,
-)
-from self_speculation.strategies import fill_in, make_strategy
+from self_speculation.generator_base import GenerationResult, StepStreamer
+from self_speculation.llm import LayerSkip
 
 
 def load(
@@ -32,7 +27,8 @@ def load(
     Raises:
         ValueError: no such model, no weights, no access, or a model that cannot exit early.
     """
-    return loading.load(loading.ModelArguments(model=str(model), device=device, dtype=dtype), **options)
+    llm = LayerSkip.from_pretrained(model, device=device, dtype=dtype, **options)
+    return llm.model, llm.tokenizer
 
 
 @overload
@@ -64,8 +60,6 @@ def generate(
 ) -> GenerationResult | list[GenerationResult]:
     """Answer one prompt, or several as one ragged batch, by self-speculative decoding (section 4.3).
 
-    For many calls keep a `HuggingfaceLlamaGenerator` instead: a compiled strategy stays compiled.
-
     Args:
         model: what `load` gave, as is `tokenizer`.
         prompts: one text for one result, or several for as many results.
@@ -76,9 +70,4 @@ def generate(
     Raises:
         ValueError: a setting is out of its limits, or a prompt is empty or too long for the model.
     """
-    config = GenerationConfig(**{"generation_strategy": "self_speculative", **settings})
-    config = fill_in(config, loading.advice_for(model))
-    generator = HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config))
-    if isinstance(prompts, str):
-        return generator.generate([prompts], config, streamer)[0]
-    return generator.generate(list(prompts), config, streamer)
+    return LayerSkip(model, tokenizer).generate(prompts, details=True, streamer=streamer, **settings)

@@ -46,8 +46,11 @@ class ExitAdapter(nn.Module):
         layer.self_attn.layer_idx = num_layers
         return cls(layer, copy.deepcopy(model.model.norm), exit_layer)
 
-    def save(self, folder: Path, base: str) -> None:
-        """Write the adapter alone, a few megabytes in bfloat16, and the name or folder of the model that it is for."""
+    def save(self, folder: Path, base: str | None) -> None:
+        """Write the adapter alone, a few megabytes in bfloat16, and the name or folder of the model that it is for.
+
+        Without one, it is the model in the same folder.
+        """
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.state_dict().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
         described = {"base_model_name_or_path": base, "exit_layer": self.exit_layer}
@@ -101,6 +104,17 @@ def read_exit_adapter(model: PreTrainedModel, folder: Path) -> None:
     if tensors:
         raise ValueError(f"{folder / WEIGHTS_FILE}: its tensor {min(tensors)} is none of an exit adapter's.")
     model.add_module(ATTRIBUTE, adapter.requires_grad_(False))
+
+
+def read_beside(model: PreTrainedModel) -> None:
+    """Give a model that others loaded the exit adapter that lies beside its weights, if one does.
+
+    Raises:
+        ValueError: as `read_exit_adapter`.
+    """
+    folder = Path(model.name_or_path or "")
+    if model.name_or_path and ATTRIBUTE not in vars(model)["_modules"] and has_exit_adapter(folder):
+        read_exit_adapter(model, folder)
 
 
 def _empty(model: PreTrainedModel, exit_layer: int) -> ExitAdapter:

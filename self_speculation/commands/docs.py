@@ -25,7 +25,7 @@ from self_speculation.ending import one_sentence_errors
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("generate", "correctness", "benchmark", "sweep", "eval", "train", "report")
+PROGRAMS = ("generate", "correctness", "benchmark", "sweep", "eval", "train", "export", "serve", "report")
 SHARED = "shared"
 SOURCE = re.compile(r"^(<!-- source: (\S+) (\S+) -->\n+)```python\n.*?^```$", re.MULTILINE | re.DOTALL)
 FLAGS = re.compile(r"^(<!-- flags: (\S+) -->\n).*?^<!-- end -->$", re.MULTILINE | re.DOTALL)

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from self_speculation import __version__
 from self_speculation.commands.flag_files import flags_in
+from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.ending import fail
 from self_speculation.settings import Settings, flag_of, limits_of, setting
 
@@ -39,6 +40,21 @@ class OutputArguments(Settings):
         None,
         help="File of flags (YAML or JSON, such as the settings beside a result); those given beside it win.",
         is_rare=True,
+    )
+
+
+@dataclass
+class DraftArguments(Settings):
+    """What drafts."""
+
+    exit_layer: int | None = setting(
+        None, help="E: layers that draft (1 to L). Default: the checkpoint's recommendation.", at_least=1
+    )
+    num_speculations: int | None = setting(
+        None,
+        help="d: tokens drafted a step. Default: the checkpoint's recommendation.",
+        at_least=0,
+        at_most=MOST_SPECULATIONS,
     )
 
 

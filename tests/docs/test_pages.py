@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from documents import BLOCK, PAGES, README, ROOT, Command, commands, own_python
 
-from self_speculation.commands import train
+from self_speculation.commands import export, train
 from self_speculation.commands.docs import PROGRAMS, SOURCE, groups_of, refreshed
 from self_speculation.commands.flags import parse, with_recipe
 from self_speculation.loading import BUNDLED_CHECKPOINT
@@ -50,6 +50,8 @@ def test_the_programs_understand_the_commands(command: Command) -> None:
     flags = list(command.flags)
     if command.program == "train":
         flags = with_recipe(train.RECIPES, [*flags, *ON_CPU])
+    if command.program == "export":
+        flags = export.with_folder(flags)
     parse(*groups_of(command.program), args=flags)
 
 
