@@ -68,7 +68,7 @@ class StreamsArguments(Settings):
 
     data_path: str = setting(".", help=f"Folder with {', '.join(STREAMS.values())}.")
     num_samples: int = setting(4, help="Prompts of each stream.", at_least=1)
-    max_prompt_tokens: int = setting(256, help="Longer prompts lose words of their articles.", at_least=1)
+    max_prompt_tokens: int = setting(512, help="Longer prompts lose words of their articles.", at_least=1)
     exit_layers: list[int] = setting(default_factory=list, help="Of the grid; by default the recommended one.")
     draft_lengths: list[int] = setting(default_factory=lambda: [1, 2, 4, 6], help="Of the grid.")
     repeats: int = setting(3, help="Rounds.", at_least=1)
