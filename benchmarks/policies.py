@@ -19,7 +19,7 @@ from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
-from self_speculation.decoding.policy import Policy
+from self_speculation.decoding.policy import Expected, Policy
 from self_speculation.decoding.session import Step
 from self_speculation.decoding.step import StepOutcome, StepPlan
 from self_speculation.exit_adapter import ExitAdapter
@@ -68,9 +68,10 @@ class Scored(WithoutLookup):
         """So many tokens would have been drafted, and so many of them accepted."""
         known = self.known.setdefault(exit_layer, replace(self.known[self.first], accepted=0.0, stopped=0.0))
         known.add(drafted, accepted)
+        self.bests.pop(exit_layer, None)
 
-    def _trial(self, best: Cell) -> Cell:
-        return best
+    def _trial(self, best: Expected) -> Cell:
+        return best.cell
 
 
 @dataclass

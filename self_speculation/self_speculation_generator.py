@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, step_seconds
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHeads
-from self_speculation.decoding.early_exit import check_exit_layer
+from self_speculation.decoding.early_exit import TorchKernels, check_exit_layer
+from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.session import Step
 from self_speculation.decoding.step import StepPlan
@@ -66,12 +67,17 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         """Measure what steps cost."""
         self._step(request, self.plan(request.config))
 
-    def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
-        step = super()._step(request, plan)
-        if step.is_fixed:
+    def kernels(self, config: GenerationConfig) -> Kernels:
+        """What runs the passes: of every exit, and of drafts of every length."""
+        kernels = super().kernels(config)
+        if config.compile != "none" and isinstance(kernels, TorchKernels):
             raise ValueError(
                 "--generation_strategy adaptive: torch's compiled steps have a fixed E and d; --compile none."
             )
+        return kernels
+
+    def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
+        step = super()._step(request, plan)
         exits = {
             exit_layer: dataclasses.replace(step.passes, plan=dataclasses.replace(plan, exit_layer=exit_layer))
             for exit_layer in self._exit_layers(plan)

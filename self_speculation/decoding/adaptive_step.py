@@ -8,7 +8,7 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N number
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from self_speculation.decoding.kernels import forward_remainder
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.prefill import prefill
+from self_speculation.decoding.request import RowStep
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, StepOutcome, speculative_step
 from self_speculation.decoding.verification import VerificationRule
@@ -70,7 +71,7 @@ class FreePasses:
 class AdaptiveStep:
     """A step that asks its policy for E and d, and tells it what came of them. It has passes for every exit.
 
-    A single row on the CPU may also take drafts that cost nothing.
+    A single row may also take drafts that cost nothing.
     """
 
     is_fixed = False
@@ -81,30 +82,34 @@ class AdaptiveStep:
         self.policy = policy
         self.passes = exits[policy.first]
         self.lookup = Lookup() if takes_free_drafts(rows) else None
+        self.free, self.cell = NOTHING, Cell(policy.first, 0)
 
     def __call__(self, num_speculations: int) -> StepOutcome:
         """Draft, verify, commit: at most d tokens."""
-        free = self._free_draft(num_speculations)
-        cell = self.policy.choose(num_speculations, free)
-        drafted_B = self.rows.room(cell.num_speculations)
-        passes = FreePasses(self.passes, free.tokens) if cell.exit_layer == FREE else self.exits[cell.exit_layer]
-        outcome = speculative_step(passes, self.rows, cell.num_speculations)
-        counts_B2 = torch.stack([drafted_B, outcome.packed_BN[:, 0]], dim=1)[self.rows.active_B]
-        drafted, accepted = counts_B2.T.tolist()
-        self.policy.observe(cell, drafted, accepted, free)
-        return outcome._replace(cell=cell)
+        self.free = self._free_draft(num_speculations)
+        self.cell = self.policy.choose(num_speculations, self.free)
+        exit_layer, num_drafts = self.cell
+        passes = FreePasses(self.passes, self.free.tokens) if exit_layer == FREE else self.exits[exit_layer]
+        return speculative_step(passes, self.rows, num_drafts)._replace(cell=self.cell)
+
+    def observe(self, steps: Sequence[RowStep]) -> None:
+        """Tell the policy what came of the last step, and the lookup what the row's tokens are now."""
+        drafted, accepted = [len(step.drafted) for step in steps], [step.accepted for step in steps]
+        self.policy.observe(self.cell, drafted, accepted, self.free)
+        if self.lookup is not None:
+            self.lookup.extend(steps[0].tokens)
 
     def _free_draft(self, most: int) -> FreeDraft:
         if self.lookup is None:
             return NOTHING
-        known, length = len(self.lookup.tokens), int(self.rows.lengths_B[0])
-        self.lookup.extend(self.rows.tokens_BC[0, known:length].tolist())
+        if not self.lookup.tokens:
+            self.lookup.extend(self.rows.tokens_BC[0, : int(self.rows.lengths_B[0])].tolist())
         return self.lookup.draft(most)
 
 
 def takes_free_drafts(rows: Rows) -> bool:
-    """Whether the host may look at the tokens between steps for nothing, and they are one row's."""
-    return len(rows.lengths_B) == 1 and rows.lengths_B.device.type == "cpu"
+    """Whether the tokens are one row's."""
+    return len(rows.lengths_B) == 1
 
 
 @torch.inference_mode()

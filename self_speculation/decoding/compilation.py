@@ -5,7 +5,7 @@ visible prefix of the cache is a symbol, on CUDA there is a graph for each power
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, powe
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse, weight_version
 from self_speculation.decoding.prefill import prefill
-from self_speculation.decoding.request import GenerationRequest
+from self_speculation.decoding.request import GenerationRequest, RowStep
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftGiven, EagerPasses, StepOutcome, speculative_step
 
@@ -58,6 +58,9 @@ class CompiledStep:
         graph, outcome = self.captured[self.rows.cache.visible, num_speculations]
         graph.replay()
         return outcome
+
+    def observe(self, steps: Sequence[RowStep]) -> None:
+        """Nothing depends on it."""
 
     def warm_up(self, length: int) -> None:
         """Compile, and capture, what decoding up to `length` positions needs; the rows are overwritten."""

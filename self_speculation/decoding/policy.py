@@ -13,12 +13,15 @@ known by the length of the match.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
+from typing import NamedTuple
 
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 
-# How much an earlier draft counts for each that came after it.
-MEMORY = 0.98
+# How much an earlier draft counts for each that came after it, and for each step without any at its exit: what was
+# learnt long ago says little, though as much as so many drafts.
+MEMORY, LEAST_KEPT = 0.98, 6.0
 # The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth.
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
 # The same for drafts that cost nothing, by the least length of their match.
@@ -44,11 +47,19 @@ class Acceptance:
         """α, with a prior, so that it is a number from the beginning."""
         return (self.accepted + self.prior * PRIOR_DRAFTS) / (self.accepted + self.stopped + PRIOR_DRAFTS)
 
-    def add(self, drafted: int, accepted: int) -> None:
-        """A row's drafts in one step."""
-        kept = MEMORY ** min(drafted, accepted + 1)
+    def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
+        """A row's drafts in one step, after so many steps that had none."""
+        kept = MEMORY ** (min(drafted, accepted + 1) + steps_without)
+        kept = max(kept, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
         self.accepted = self.accepted * kept + accepted
         self.stopped = self.stopped * kept + (accepted < drafted)
+
+
+class Expected(NamedTuple):
+    """A cell, and what it is expected to give each row in a second."""
+
+    cell: Cell
+    tokens_per_second: float
 
 
 @dataclass
@@ -66,9 +77,14 @@ class Policy:
     elapsed: float = 0.0
     lost: float = 0.0
     turn: int = 0
+    steps: int = 0
+    # The last step with drafts of each exit.
+    last: dict[int, int] = field(default_factory=dict)
     free: dict[int, Acceptance] = field(
         default_factory=lambda: {match: Acceptance(prior) for match, prior in PRIOR_OF_FREE.items()}
     )
+    # Of each exit, the best of all its cells with what it is expected to give, until more is known of the exit.
+    bests: dict[int, "Expected"] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.known.setdefault(self.first, Acceptance(PRIOR))
@@ -83,27 +99,36 @@ class Policy:
 
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """The cell of the next step, which has room for so many drafts."""
-        best = self.current = self._best(most_drafts)
+        best = self._best(most_drafts)
+        self.current = best.cell
         num_free = min(len(free.tokens), most_drafts)
         if FREE in self._menu and num_free:
-            alpha = self._known_of(free).rate
-            gratis = self._best_at(FREE, num_free, alpha)
-            if self._rate(gratis, alpha) > self.tokens_per_second(best):
-                return gratis
-        return self._trial(best) if most_drafts else best
+            gratis = self._best_at(FREE, num_free, self._known_of(free).rate)
+            if gratis.tokens_per_second > best.tokens_per_second:
+                return gratis.cell
+        return self._trial(best) if most_drafts else best.cell
 
-    def _best(self, most_drafts: int) -> Cell:
+    def _best(self, most_drafts: int) -> "Expected":
         """The best of the exits' own cells; the current one, where that is as good."""
-        bests = (self._best_at(exit_layer, most_drafts, known.rate) for exit_layer, known in self.known.items())
-        best, current = max(bests, key=self.tokens_per_second), self.current
-        if current is None or current.num_speculations > most_drafts:
+        bests = (self._best_of(exit_layer, most_drafts) for exit_layer in self.known)
+        best = max(bests, key=attrgetter("tokens_per_second"))
+        if self.current is None or self.current.num_speculations > most_drafts or self.current == best.cell:
             return best
-        is_better = self.tokens_per_second(best) >= HYSTERESIS * self.tokens_per_second(current)
-        return best if is_better else current
+        current = Expected(self.current, self.tokens_per_second(self.current))
+        return best if best.tokens_per_second >= HYSTERESIS * current.tokens_per_second else current
+
+    def _best_of(self, exit_layer: int, most_drafts: int) -> "Expected":
+        """An exit's best cell; looked for once, where its longest draft has room."""
+        if most_drafts < self._longest:
+            return self._best_at(exit_layer, most_drafts, self.known[exit_layer].rate)
+        if exit_layer not in self.bests:
+            self.bests[exit_layer] = self._best_at(exit_layer, most_drafts, self.known[exit_layer].rate)
+        return self.bests[exit_layer]
 
     def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
         """What a step gave: each row's drafts, and how many of them were accepted."""
         self.elapsed += self.seconds[cell]
+        self.steps += 1
         if cell.exit_layer == FREE:
             self._known_of(free).add(drafted[0], accepted[0])
             return
@@ -111,9 +136,12 @@ class Policy:
             tokens = sum(accepted) / max(len(accepted), 1) + 1
             self.lost += max(self.seconds[cell] - tokens / self.tokens_per_second(self.current), 0.0)
         known = self.known.setdefault(cell.exit_layer, Acceptance())
+        self.bests.pop(cell.exit_layer, None)
         for row_drafted, row_accepted in zip(drafted, accepted, strict=True):
             if row_drafted:
-                known.add(row_drafted, row_accepted)
+                steps_without = self.steps - self.last.get(cell.exit_layer, self.steps) - 1
+                known.add(row_drafted, row_accepted, max(steps_without, 0))
+                self.last[cell.exit_layer] = self.steps
 
     def tokens_per_second(self, cell: Cell) -> float:
         """What a cell is expected to give each row."""
@@ -135,21 +163,31 @@ class Policy:
             menu.setdefault(cell.exit_layer, []).append((cell, seconds))
         return menu
 
-    def _best_at(self, exit_layer: int, most_drafts: int, alpha: float) -> Cell:
+    @cached_property
+    def _longest(self) -> int:
+        """The menu's longest draft."""
+        return max(cell.num_speculations for cell in self.seconds)
+
+    def _best_at(self, exit_layer: int, most_drafts: int, alpha: float) -> "Expected":
         """An exit's own best cell: the sum that gives τ, but for its denominator, over the seconds."""
         alpha = min(alpha, MOST_CERTAIN)
-        room = ((cell, seconds) for cell, seconds in self._menu[exit_layer] if cell[1] <= most_drafts)
-        return max(room, key=lambda one: (1 - alpha ** (one[0][1] + 1)) / one[1])[0]
+        room = (
+            ((1 - alpha ** (cell[1] + 1)) / seconds, cell)
+            for cell, seconds in self._menu[exit_layer]
+            if cell[1] <= most_drafts
+        )
+        most, best = max(room)
+        return Expected(best, most / (1 - alpha))
 
-    def _trial(self, best: Cell) -> Cell:
+    def _trial(self, best: "Expected") -> Cell:
         """A draft of one token at another exit, or at any where nothing is drafted, if it may be lost."""
-        drafting = best.exit_layer if best.num_speculations else None
+        drafting = best.cell.exit_layer if best.cell.num_speculations else None
         others = [exit_layer for exit_layer in self._menu if exit_layer not in (drafting, FREE)]
         if not others:
-            return best
+            return best.cell
         trial = Cell(others[self.turn % len(others)], 1)
-        loss = self.seconds[trial] - 1 / self.tokens_per_second(best)
+        loss = self.seconds[trial] - 1 / best.tokens_per_second
         if self.lost + loss > MOST_LOST * self.elapsed:
-            return best
+            return best.cell
         self.turn += 1
         return trial

@@ -4,12 +4,13 @@ The host sees counts and tokens once a step, cuts answers at their stops, and sa
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.finiteness import overflown
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.request import GenerationRequest, GenerationStep, RowStep
@@ -35,6 +36,9 @@ class Step(Protocol):
     def __call__(self, num_speculations: int) -> StepOutcome:
         """Draft d tokens, verify, commit."""
 
+    def observe(self, steps: Sequence[RowStep]) -> None:
+        """What came of it, for each row that was at work."""
+
 
 @dataclass(frozen=True)
 class EagerStep:
@@ -47,6 +51,9 @@ class EagerStep:
     def __call__(self, num_speculations: int) -> StepOutcome:
         """Draft d tokens, verify, commit."""
         return speculative_step(self.passes, self.rows, num_speculations)
+
+    def observe(self, steps: Sequence[RowStep]) -> None:
+        """Nothing depends on it."""
 
 
 class Session:
@@ -126,15 +133,15 @@ class Session:
 
     def _record(self, outcome: StepOutcome) -> GenerationStep:
         """What a step decided, on the host; rows are cut at their stops."""
-        steps = self._row_steps()
-        for prompt, row in zip(self.prompt_of_row, outcome.unpack(), strict=True):
-            if not self.ended[prompt]:
-                steps[prompt] = replace(self._row_step(prompt, row), cell=outcome.cell)
-        if any(step and step.stop_reason for step in steps):
+        pairs = zip(self.prompt_of_row, outcome.unpack(), strict=True)
+        own = {prompt: self._row_step(prompt, row, outcome.cell) for prompt, row in pairs if not self.ended[prompt]}
+        at_work = list(own.values())
+        self.step.observe(at_work)
+        if any(step.stop_reason for step in at_work):
             self._let_ended_rows_rest()
-        return GenerationStep(steps)
+        return GenerationStep([own.get(prompt) for prompt in range(len(self.ended))])
 
-    def _row_step(self, prompt: int, row: RowOutcome) -> RowStep:
+    def _row_step(self, prompt: int, row: RowOutcome, cell: Cell | None) -> RowStep:
         room = self._room(prompt)
         drafted = row.drafted[: room - 1]
         new, reason = self.request.stop_rule.cut(self.generated[prompt], row.decided[: row.accepted + 1])
@@ -148,7 +155,7 @@ class Session:
         if reason is None and len(new) == room:
             reason = self.request.limit_reason(prompt, self.context)
         self.ended[prompt] = reason is not None
-        return RowStep(drafted, min(row.accepted, len(new)), new, reason)
+        return RowStep(drafted, min(row.accepted, len(new)), new, reason, cell)
 
     def _let_ended_rows_rest(self) -> None:
         """Rows that have ended do not advance; when they are half of the last batch, it is made smaller."""

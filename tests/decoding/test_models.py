@@ -166,7 +166,9 @@ def test_results(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) ->
             assert result.decode_seconds > 0
             assert result.first_token_seconds > result.prefill_seconds
             assert result.decode_tokens == len(result.tokens) - len(result.steps[0].tokens)
-            assert result.tokens_per_second == pytest.approx(result.decode_tokens / result.decode_seconds)
+            decode_rate = result.decode_tokens / result.decode_seconds
+            assert result.decode_tokens_per_second == pytest.approx(decode_rate)
+            assert result.tokens_per_second == pytest.approx(len(result.tokens) / result.seconds)
             assert result.tokens == [token for step in result.steps for token in step.tokens]
             assert result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
             assert len(result.accepted_per_step) == len(result.steps)
@@ -186,8 +188,9 @@ def test_result_of_given_steps() -> None:
     assert (result.num_drafted, result.num_accepted, result.accepted_per_step) == (6, 4, [3, 1, 0])
     assert result.acceptance_rate == pytest.approx(4 / 6)
     assert result.tokens_per_step == pytest.approx(7 / 3)
-    assert result.tokens_per_second == pytest.approx(3 / 2)
+    assert result.decode_tokens_per_second == pytest.approx(3 / 2)
     assert result.seconds == pytest.approx(2.75)
+    assert result.tokens_per_second == pytest.approx(7 / 2.75)
     assert [step.is_rejected for step in steps] == [False, True, False]
     assert (GenerationResult().acceptance_rate, GenerationResult().tokens_per_step) == (None, 0.0)
 

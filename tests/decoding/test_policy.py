@@ -54,6 +54,21 @@ def test_the_draft_length_follows_the_counts(history: list[tuple[Cell, int]], ch
     assert policy.choose(8) == choice
 
 
+def test_another_text_is_noticed_soon() -> None:
+    """Nothing was accepted for long, and drafts are tried now and then; then everything is."""
+    policy = Policy(costs(2), first=2)
+    for _ in range(2000):
+        cell = policy.choose(8)
+        policy.observe(cell, [cell.num_speculations], [0])
+    assert policy.current == Cell(2, 0)
+    steps = 0
+    while policy.current != Cell(2, 8):
+        cell = policy.choose(8)
+        policy.observe(cell, [cell.num_speculations], [cell.num_speculations])
+        steps += 1
+    assert steps < 200
+
+
 @pytest.mark.parametrize(
     ("timed", "expected"),
     [
