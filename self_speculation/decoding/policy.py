@@ -49,8 +49,8 @@ class Acceptance:
 
     def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
         """A row's drafts in one step, after so many steps that had none."""
-        kept = MEMORY ** (min(drafted, accepted + 1) + steps_without)
-        kept = max(kept, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
+        aged = max(MEMORY**steps_without, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
+        kept = aged * MEMORY ** min(drafted, accepted + 1)
         self.accepted = self.accepted * kept + accepted
         self.stopped = self.stopped * kept + (accepted < drafted)
 
