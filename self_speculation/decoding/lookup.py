@@ -42,8 +42,14 @@ class Lookup:
         places = self.ends.get(tuple(self.tokens[-LEAST_MATCH:]), [])[-PLACES:]
         if not places:
             return NOTHING
-        match, end = max((self._match(end), end) for end in places)
-        known = self.tokens[end:]
+        match, end = 0, 0
+        for place in reversed(places):
+            length = self._match(place)
+            if length > match:
+                match, end = length, place
+            if match == MOST_MATCH:
+                break
+        known = self.tokens[end : end + most]
         return FreeDraft((known * -(-most // len(known)))[:most], match)
 
     def _match(self, end: int) -> int:

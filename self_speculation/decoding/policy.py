@@ -49,8 +49,9 @@ class Acceptance:
 
     def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
         """A row's drafts in one step, after so many steps that had none."""
-        aged = max(MEMORY**steps_without, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
-        kept = aged * MEMORY ** min(drafted, accepted + 1)
+        kept = MEMORY ** min(drafted, accepted + 1)
+        if steps_without:
+            kept *= max(MEMORY**steps_without, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
         self.accepted = self.accepted * kept + accepted
         self.stopped = self.stopped * kept + (accepted < drafted)
 
@@ -164,6 +165,15 @@ class Policy:
         return menu
 
     @cached_property
+    def _trials(self) -> dict[int, list[Cell]]:
+        """By the exit that drafts, FREE where none does: a draft of one token at each of the others."""
+        exits = [exit_layer for exit_layer in self._menu if exit_layer != FREE]
+        return {
+            drafting: [Cell(exit_layer, 1) for exit_layer in exits if exit_layer != drafting]
+            for drafting in (FREE, *exits)
+        }
+
+    @cached_property
     def _longest(self) -> int:
         """The menu's longest draft."""
         return max(cell.num_speculations for cell in self.seconds)
@@ -181,11 +191,10 @@ class Policy:
 
     def _trial(self, best: "Expected") -> Cell:
         """A draft of one token at another exit, or at any where nothing is drafted, if it may be lost."""
-        drafting = best.cell.exit_layer if best.cell.num_speculations else None
-        others = [exit_layer for exit_layer in self._menu if exit_layer not in (drafting, FREE)]
-        if not others:
+        trials = self._trials[best.cell.exit_layer if best.cell.num_speculations else FREE]
+        if not trials:
             return best.cell
-        trial = Cell(others[self.turn % len(others)], 1)
+        trial = trials[self.turn % len(trials)]
         loss = self.seconds[trial] - 1 / best.tokens_per_second
         if self.lost + loss > MOST_LOST * self.elapsed:
             return best.cell
