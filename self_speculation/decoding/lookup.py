@@ -40,7 +40,7 @@ class Lookup:
     def draft(self, most: int) -> FreeDraft:
         """So many tokens, after the longest match; of equals, the latest. What is known goes on in a circle."""
         places = self.ends.get(tuple(self.tokens[-LEAST_MATCH:]), [])[-PLACES:]
-        if not places:
+        if not places or not most:
             return NOTHING
         match, end = 0, 0
         for place in reversed(places):

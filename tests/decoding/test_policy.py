@@ -157,6 +157,7 @@ def test_the_estimate_is_a_number_from_the_beginning() -> None:
         ([1, 2, 3, 4, 1, 2, 3], 6, [4, 1, 2, 3, 4, 1], 3),
         ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1], 3),
         ([1, 2, 3, 4, 1, 2], 8, [], 0),
+        ([1, 2, 3, 4, 1, 2, 3], 0, [], 0),
         # The longest match, though another one is later.
         ([7, 1, 2, 3, 4, 9, 1, 2, 3, 5, 7, 1, 2, 3], 1, [4], 4),
         # Of equals, the latest.
