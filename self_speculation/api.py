@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from self_speculation import loading
@@ -14,7 +14,7 @@ from self_speculation.llm import LayerSkip
 
 def load(
     model: str | Path = loading.BUNDLED_CHECKPOINT, *, device: str | None = None, dtype: str = "auto", **options: Any
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model, in evaluation mode, and its tokenizer; the bundled checkpoint by default.
 
     Args:
@@ -33,7 +33,7 @@ def load(
 
 @overload
 def generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: str,
     streamer: StepStreamer | BaseStreamer | None = None,
@@ -43,7 +43,7 @@ def generate(
 
 @overload
 def generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     streamer: StepStreamer | BaseStreamer | None = None,
@@ -52,7 +52,7 @@ def generate(
 
 
 def generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: str | Sequence[str],
     streamer: StepStreamer | BaseStreamer | None = None,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.adapter_config import file_beside
 from self_speculation.decoding.draft_head import COUNTS_FILE
@@ -88,7 +88,7 @@ class Export:
         return self.exit_layer is self.num_speculations is None
 
 
-def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, wanted: Export) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Export) -> None:
     """Write the folder; a recommendation that is kept keeps all of its cases.
 
     Raises:
@@ -130,7 +130,7 @@ def push(folder: Path, repository: str) -> str:
     return f"https://huggingface.co/{repository}"
 
 
-def _save_model(model: LlamaForCausalLM, folder: Path) -> None:
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
     """The weights; an exit adapter in files of its own, as it lies beside the model that it is for."""
     adapters = [module for module in model.children() if isinstance(module, ExitAdapter)]
     for adapter in adapters:

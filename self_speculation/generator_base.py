@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
-from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from self_speculation.decoding.config import GenerationConfig
@@ -163,7 +163,7 @@ class GenerationStrategy(ABC):
     keeps_batches_full: ClassVar[bool] = False
     warms_up_whole: ClassVar[bool] = False
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         # How many tokens of the last prompt were not read again; for conversations.
         self.num_cached = 0

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
 from self_speculation.strategies import strategy_type
@@ -19,12 +19,12 @@ class KeptStrategies:
     back at its end; one that never comes back is forgotten.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.idle: dict[type[GenerationStrategy], list[GenerationStrategy]] = {}
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM) -> "KeptStrategies":
+    def of(cls, model: PreTrainedModel) -> "KeptStrategies":
         """The model's own."""
         known = vars(model).get(ATTRIBUTE)
         if known is None:

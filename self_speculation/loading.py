@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.adapter_config import file_beside
 from self_speculation.checkpoint_kinds import checkpoint
@@ -60,7 +60,7 @@ class Use:
         return len(conditions) if is_met else None
 
 
-def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def load(arguments: ModelArguments, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer; `options` stand beside those of `model_args`.
 
     Raises:
@@ -93,7 +93,7 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[LlamaForCausalLM, P
     return model.eval(), tokenizer
 
 
-def advice_for(model: LlamaForCausalLM, task: str | None = None) -> Recommendation:
+def advice_for(model: PreTrainedModel, task: str | None = None) -> Recommendation:
     """What is recommended for a model where it is, and in its dtype; `task` is a dataset's name.
 
     Raises:

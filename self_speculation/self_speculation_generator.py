@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, step_seconds
 from self_speculation.decoding.cell import Cell
@@ -30,7 +30,7 @@ class SelfSpeculativeStrategy(StepwiseStrategy):
 
     uses = ("exit_layer", "num_speculations", "draft_vocab")
 
-    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] | None = None) -> None:
         super().__init__(model, backend)
         self.draft_heads = DraftHeads(model)
 
@@ -51,7 +51,7 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
     An exit adapter drafts at its own exit only: with one, E stays, and d is chosen. Another `policy` may choose.
     """
 
-    def __init__(self, model: LlamaForCausalLM, policy: Callable[[dict[Cell, float], int], Policy] = Policy) -> None:
+    def __init__(self, model: PreTrainedModel, policy: Callable[[dict[Cell, float], int], Policy] = Policy) -> None:
         super().__init__(model)
         self.policy = policy
         self.seconds: dict[tuple[Hashable, ...], dict[Cell, float]] = {}

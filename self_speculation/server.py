@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -25,7 +25,7 @@ PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models
 class OneModel(ModelManager):
     """Has one model, which is loaded already and stays so, by the name that requests give."""
 
-    def __init__(self, name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.force_model = name
         self.model = model

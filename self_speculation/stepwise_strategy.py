@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
 from self_speculation.decoding.compilation import BACKEND, CompiledSteps
@@ -38,7 +38,7 @@ class StepwiseStrategy(GenerationStrategy):
 
     keeps_batches_full = True
 
-    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] | None = None) -> None:
         check_supported(model)
         super().__init__(model)
         self.compiled_steps = CompiledSteps(model, backend or BACKEND)

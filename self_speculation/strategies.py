@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy
@@ -22,7 +22,7 @@ NO_OTHERS: Strategies = {}
 
 
 def make_strategy(
-    model: LlamaForCausalLM, config: GenerationConfig, others: Strategies = NO_OTHERS
+    model: PreTrainedModel, config: GenerationConfig, others: Strategies = NO_OTHERS
 ) -> GenerationStrategy:
     """The strategy that `config` names, one of ours or of the others."""
     return strategy_type(config, others)(model)

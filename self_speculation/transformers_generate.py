@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import GenerationConfig as TransformersConfig
 from transformers import (
     GenerationMixin,
-    LlamaForCausalLM,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -50,7 +50,7 @@ NOT_RETURNED = ("output_scores", "output_logits", "output_attentions", "output_h
 REFUSED = ("guidance_scale", "watermarking_config")
 
 
-def generate(inputs: Tensor | None = None, *, model: LlamaForCausalLM, **given: Any) -> Any:
+def generate(inputs: Tensor | None = None, *, model: PreTrainedModel, **given: Any) -> Any:
     """The whole of transformers' `generate`, for a model that decodes self-speculatively by itself.
 
     Args:
@@ -61,11 +61,11 @@ def generate(inputs: Tensor | None = None, *, model: LlamaForCausalLM, **given: 
     """
     decoding = given.pop("custom_generate", None) or layerskip_generate
     # The class's: the model's own may be this function.
-    own: Any = type(model).generate
-    return own(model, inputs, custom_generate=decoding, **_with_stop_strings(given))
+    own: Any = type(model)
+    return own.generate(model, inputs, custom_generate=decoding, **_with_stop_strings(given))
 
 
-def install(model: LlamaForCausalLM, **settings: Any) -> None:
+def install(model: PreTrainedModel, **settings: Any) -> None:
     """Let the model's own `generate` decode self-speculatively; settings are those of `layerskip_generate`.
 
     Raises:
@@ -78,7 +78,7 @@ def install(model: LlamaForCausalLM, **settings: Any) -> None:
 
 
 def layerskip_generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     input_ids: Tensor,
     exit_layer: int | None = None,
     num_speculations: int | None = None,
@@ -120,7 +120,7 @@ def layerskip_generate(
 class _Prepared:
     """What transformers' `generate` hands to a callable."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     input_ids: Tensor
     arguments: dict[str, Any]
 

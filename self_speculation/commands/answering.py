@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.chat import Chat
 from self_speculation.commands.chosen import what_was_chosen
@@ -152,7 +152,7 @@ class AnswerLog:
     known_by: dict[str, Any]
 
     @classmethod
-    def of(cls, folder: Path, model: LlamaForCausalLM, settings: dict[str, Any]) -> "AnswerLog":
+    def of(cls, folder: Path, model: PreTrainedModel, settings: dict[str, Any]) -> "AnswerLog":
         """Answers of a model with settings by flag."""
         named = ("model", "generation_strategy", "exit_layer", "num_speculations", "seed")
         dtype = str(model.dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, power_of_two, round_up
 from self_speculation.decoding.early_exit import num_caches, token_device
@@ -125,7 +125,7 @@ class CompiledSteps:
     They are kept by what they depend on; when the model's weights have moved or changed they are made anew.
     """
 
-    def __init__(self, model: LlamaForCausalLM, backend: str | Function = BACKEND) -> None:
+    def __init__(self, model: PreTrainedModel, backend: str | Function = BACKEND) -> None:
         self.model = model
         self.backend = backend
         self.rows: dict[tuple[Any, ...], Rows] = {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.fused_layers import KeyValueAccess, SharedInputs, fused_layer, is_summed, linear
@@ -139,7 +139,7 @@ def run_adapter_layer(
 class TorchKernels:
     """The layers as torch runs them, written or compiled, on every device."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
 
     def run_layers(self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore) -> Tensor:
         """What leaves the layers (B, T, D)."""

@@ -9,7 +9,7 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary.
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.families import embed
 
@@ -23,7 +23,7 @@ class Kernels(Protocol):
     """Runs parts of one model."""
 
     @property
-    def model(self) -> LlamaForCausalLM:
+    def model(self) -> PreTrainedModel:
         """The model."""
 
     def run_layers(

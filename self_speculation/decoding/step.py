@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHead
@@ -78,7 +78,7 @@ class StepPlan:
 class EagerPasses:
     """The passes as they are written, over a model that is cut by a plan."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     plan: StepPlan
     rule: VerificationRule
     processors: LogitsProcessorList

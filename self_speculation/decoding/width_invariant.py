@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from self_speculation.decoding.cache import PositionAddressedCache
@@ -67,7 +67,7 @@ class WidthInvariantKernels:
         ValueError: the model is not plain enough, or there is no C++ compiler.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         fuse(model)
         reason = why_not(model)
         if reason is not None:
@@ -84,7 +84,7 @@ class WidthInvariantKernels:
         self.run, self.read = (getattr(_library(), f"{function}_{name}") for function in ("run_layers", "read_head"))
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM) -> "WidthInvariantKernels":
+    def of(cls, model: PreTrainedModel) -> "WidthInvariantKernels":
         """The model's kernels: made once, and anew when its weights were moved since."""
         known = vars(model).get(ATTRIBUTE)
         if known is None or known.pointers != _pointers(model):
@@ -176,7 +176,7 @@ class WidthInvariantKernels:
         return self.rotary
 
 
-def move_into_large_pages(model: LlamaForCausalLM) -> None:
+def move_into_large_pages(model: PreTrainedModel) -> None:
     """Let a model's matrices lie side by side; its parameters stay what they are, elsewhere."""
     layers = [(layer, fused) for layer in _layers(model) if (fused := fused_layer(layer)) is not None]
     head = model.lm_head.weight
@@ -186,7 +186,7 @@ def move_into_large_pages(model: LlamaForCausalLM) -> None:
     head.data = arena.place(head.data)
 
 
-def why_not(model: LlamaForCausalLM) -> str | None:
+def why_not(model: PreTrainedModel) -> str | None:
     """Why a model, whose layers were fused, cannot be run by these kernels, in half a sentence; None if it can."""
     if model.config.model_type != FAMILY:
         return f"{family_of(model).name} models have no passes whose width does not matter, only Llama models have"
@@ -214,12 +214,12 @@ def why_not(model: LlamaForCausalLM) -> str | None:
     return None
 
 
-def _layers(model: LlamaForCausalLM) -> list[Any]:
+def _layers(model: PreTrainedModel) -> list[Any]:
     """The model's decoder layers, and its exit adapter's."""
     return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
 
 
-def _pointers(model: LlamaForCausalLM) -> list[int]:
+def _pointers(model: PreTrainedModel) -> list[int]:
     return [weight.data_ptr() for weight in model.parameters()]
 
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
-    LlamaForCausalLM,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
 )
@@ -69,7 +69,7 @@ class LayerSkipLM(HFLM):
     """
 
     def __init__(
-        self, pretrained: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, **options: Any
+        self, pretrained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, **options: Any
     ) -> None:
         # It would warn that a loaded model runs in one process only, which is not so here.
         with logging_at(logging.ERROR, HFLM.__module__):

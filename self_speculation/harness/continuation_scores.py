@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.early_exit import exit_logits, forward_exits, token_device
 from self_speculation.decoding.finiteness import overflown
@@ -42,7 +42,7 @@ class ScoredText:
 
 @torch.inference_mode()
 def score_continuations(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     texts: Sequence[ScoredText],
     exit_layers: Sequence[int],
     dtype: torch.dtype | None = None,
@@ -90,7 +90,7 @@ def _places(texts: Sequence[ScoredText]) -> list[tuple[int, int, int, int]]:
     return places
 
 
-def _token_scores(model: LlamaForCausalLM, hidden_ND: Tensor, target_N: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _token_scores(model: PreTrainedModel, hidden_ND: Tensor, target_N: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Each target's log-probability, and 1 where it is not the most probable token: (2, N), on the CPU in float64."""
     log_p_NV = exit_logits(model, hidden_ND).log_softmax(-1, dtype=dtype)
     target_N = target_N.to(log_p_NV.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.exit_adapter import ExitAdapter
@@ -31,7 +31,7 @@ class WeightBytes:
     adapters: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: LlamaForCausalLM) -> "WeightBytes":
+    def of(cls, model: PreTrainedModel) -> "WeightBytes":
         """The layers, the final norm with the LM head, and an exit adapter; all as one layer where no exit can be."""
         if not is_decoder(model):
             return cls([_num_bytes_read(model)], model.get_output_embeddings().weight.nbytes, model.config.vocab_size)
@@ -60,7 +60,7 @@ def _num_bytes(module: nn.Module) -> int:
     return sum(weight.nbytes for weight in module.parameters())
 
 
-def _num_bytes_read(model: LlamaForCausalLM) -> int:
+def _num_bytes_read(model: PreTrainedModel) -> int:
     """Of all weights but the LM head's, and embeddings that are looked up."""
     others = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     left_out = {id(module.weight) for module in (*others, model.get_output_embeddings())}
@@ -92,7 +92,7 @@ class Ceiling:
     weights: WeightBytes
 
     @classmethod
-    def measure(cls, model: LlamaForCausalLM, probes: Probes = PROBES) -> "Ceiling":
+    def measure(cls, model: PreTrainedModel, probes: Probes = PROBES) -> "Ceiling":
         """Of the memory of the model's device."""
         return cls(Memory.measure(model.device, probes), WeightBytes.of(model))
 

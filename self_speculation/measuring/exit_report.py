@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import EvalPrediction, LlamaForCausalLM
+from transformers import EvalPrediction, PreTrainedModel
 
 from self_speculation.measuring.colours import BLUE, VERMILION
 from self_speculation.training.exit_measures import MEASURES, exit_metrics, scoring
@@ -24,7 +24,7 @@ def exit_table(metrics: dict[str, float], num_layers: int, prefix: str = "") -> 
 
 
 @torch.inference_mode()
-def evaluate_exits(model: LlamaForCausalLM, blocks: Dataset, batch_size: int) -> pd.DataFrame:
+def evaluate_exits(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> pd.DataFrame:
     """Loss (nats per token), perplexity, accuracy and agreement of every exit layer on held-out blocks."""
     model.eval()
     sums, counts = [], []

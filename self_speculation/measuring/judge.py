@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.decoding.config import GenerationConfig
 from self_speculation.decoding.request import GenerationRequest
@@ -153,7 +153,7 @@ class Judge:
     A model in 16 bits is copied in float32, once, when the first answer is judged. Each distinct answer is read once.
     """
 
-    def __init__(self, model: LlamaForCausalLM, request: GenerationRequest) -> None:
+    def __init__(self, model: PreTrainedModel, request: GenerationRequest) -> None:
         if request.config.sample and request.config.sampling != "coupled":
             raise ValueError("Sampled answers cannot be judged: they agree in distribution, not token for token.")
         self.model = model
@@ -164,7 +164,7 @@ class Judge:
         self._judged: dict[tuple[tuple[int, ...], tuple[int, ...], int], Judgement] = {}
 
     @cached_property
-    def exact_model(self) -> LlamaForCausalLM:
+    def exact_model(self) -> PreTrainedModel:
         """The same weights in float32; the model itself where it has 32 bits or more."""
         return self.model if self.model.dtype in (torch.float32, torch.float64) else copy.deepcopy(self.model).float()
 
@@ -219,7 +219,7 @@ class Judge:
         return logits_1TV[0].cpu(), bounds_1T[0].cpu()
 
     @staticmethod
-    def _logits(model: LlamaForCausalLM, tokens_1C: Tensor, count: int) -> Tensor:
+    def _logits(model: PreTrainedModel, tokens_1C: Tensor, count: int) -> Tensor:
         """The last `count` positions' (1, count, V), on the tokens' device."""
         return model(tokens_1C, use_cache=False, logits_to_keep=count).logits.to(tokens_1C.device)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator, check_exit_layer
 from self_speculation.loading import Recommendation
@@ -15,7 +15,7 @@ Name = TypeVar("Name")
 
 
 def make_contestant(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
     kind: type[Contestant] = Contestant,
@@ -25,7 +25,7 @@ def make_contestant(
 
 
 def line_up(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     configs: Mapping[Name, GenerationConfig],
     advice: Recommendation,

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.compilation import Function, compiled
@@ -51,14 +51,14 @@ class Timing:
 TIMING = Timing()
 
 # What times passes: `measure_passes`, or a stand-in.
-TimePasses = Callable[[LlamaForCausalLM, GenerationRequest, Sequence[Cell], Timing], PassCosts]
+TimePasses = Callable[[PreTrainedModel, GenerationRequest, Sequence[Cell], Timing], PassCosts]
 # The passes of cells, ready to run: by E a token's draft, by (E, d) what follows the drafts.
 Runs = dict[int | Cell, Callable[[], object]]
 
 
 @torch.inference_mode()
 def measure_passes(
-    model: LlamaForCausalLM, request: GenerationRequest, cells: Sequence[Cell], timing: Timing = TIMING
+    model: PreTrainedModel, request: GenerationRequest, cells: Sequence[Cell], timing: Timing = TIMING
 ) -> PassCosts:
     """Time every pass of every (E, d) after the request's prompts, all rows at once, interleaved."""
     passes = _passes(_waiting_session(model, request, max(drafts for _, drafts in cells)), cells, request.config)
@@ -75,7 +75,7 @@ def measure_passes(
     )
 
 
-def _waiting_session(model: LlamaForCausalLM, request: GenerationRequest, num_speculations: int) -> Session:
+def _waiting_session(model: PreTrainedModel, request: GenerationRequest, num_speculations: int) -> Session:
     """The prefilled prompts; they do not advance, so that what is timed always starts from the same tokens."""
     config = dataclasses.replace(
         request.config,

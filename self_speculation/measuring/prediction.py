@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.cell import Cell
@@ -73,7 +73,7 @@ def profile(
 
 @torch.inference_mode()
 def acceptance_chances(
-    model: LlamaForCausalLM, request: GenerationRequest, tokens: list[int], exit_layers: list[int]
+    model: PreTrainedModel, request: GenerationRequest, tokens: list[int], exit_layers: list[int]
 ) -> NDArray[np.float64]:
     """How likely each token of the full model's answer is to be accepted as a draft of each exit layer, (E, N).
 
@@ -111,7 +111,7 @@ def acceptance_chances(
     return torch.cat(overlaps).double().cpu().numpy()
 
 
-def _read_by_head(model: LlamaForCausalLM, exit_layer: int, states_1TD: Tensor) -> Tensor:
+def _read_by_head(model: PreTrainedModel, exit_layer: int, states_1TD: Tensor) -> Tensor:
     """What the LM head reads of an exit's states (1, T, D): behind the exit adapter there, or behind the final norm."""
     adapter = exit_adapter(model, exit_layer)
     if adapter is None:

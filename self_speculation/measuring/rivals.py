@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CompileConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -54,7 +54,7 @@ class HuggingfaceStrategy(GenerationStrategy):
     # They would see the padding.
     takes_batched_processors = False
 
-    def __init__(self, model: LlamaForCausalLM, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, model: PreTrainedModel, clock: Clock = time.perf_counter) -> None:
         super().__init__(model)
         self.clock = clock
 
@@ -104,7 +104,7 @@ class HuggingfaceStrategy(GenerationStrategy):
             watcher.watching(self.model),
             _sampling_errors(self.model),
         ):
-            self.model.generate(  # type: ignore[misc]  # Llama can generate: transformers' protocol asks for too much.
+            self.model.generate(  # type: ignore[operator]  # Causal models can: it is a mixin's.
                 prompts_BT.to(device),
                 attention_mask=mask_BT.to(device),
                 max_new_tokens=max_new,
@@ -160,7 +160,7 @@ class HuggingfaceStaticStrategy(HuggingfaceStrategy):
 
     warms_up_whole = True
 
-    def __init__(self, model: LlamaForCausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> None:
         super().__init__(model)
         self.compile_config = CompileConfig(backend=backend, mode="reduce-overhead" if _is_on_gpu(model) else "default")
         # Without it transformers compiles for accelerators only.
@@ -204,7 +204,7 @@ class DeliveryWatcher(BaseStreamer):
         self.has_prompt = False
 
     @contextmanager
-    def watching(self, model: LlamaForCausalLM) -> Iterator[None]:
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
         """See the clock while `generate` runs; the time after the last delivery counts to it."""
         self.times.append(self.clock())
         yield
@@ -247,7 +247,7 @@ class DraftWatcher(DeliveryWatcher):
         self.inputs: list[Tensor] = []
 
     @contextmanager
-    def watching(self, model: LlamaForCausalLM) -> Iterator[None]:
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
         """See the model's calls too."""
         handles = [
             model.register_forward_pre_hook(self._note_input, with_kwargs=True),
@@ -320,7 +320,7 @@ def _left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]
 
 
 @contextmanager
-def _attributes(model: LlamaForCausalLM, left: dict[str, Any]) -> Iterator[None]:
+def _attributes(model: PreTrainedModel, left: dict[str, Any]) -> Iterator[None]:
     """What `generate` left on the model is there, and afterwards taken off again and kept in `left`."""
     own = set(vars(model))
     vars(model).update(left)
@@ -331,12 +331,12 @@ def _attributes(model: LlamaForCausalLM, left: dict[str, Any]) -> Iterator[None]
             left[name] = vars(model).pop(name)
 
 
-def _is_on_gpu(model: LlamaForCausalLM) -> bool:
+def _is_on_gpu(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda"
 
 
 @contextmanager
-def _sampling_errors(model: LlamaForCausalLM) -> Iterator[None]:
+def _sampling_errors(model: PreTrainedModel) -> Iterator[None]:
     """One sentence for logits that are not finite."""
     try:
         yield
@@ -347,7 +347,7 @@ def _sampling_errors(model: LlamaForCausalLM) -> Iterator[None]:
 
 
 @contextmanager
-def _generation_config(model: LlamaForCausalLM, config: GenerationConfig) -> Iterator[None]:
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """The model's generation config with a constant draft length, whatever the draft's confidence; put back after.
 
     What it says about logits comes with the request.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.config import MOST_SPECULATIONS
@@ -144,7 +144,7 @@ class Sweep:
     """A model and its prompts, measured at any (E, d); the autoregressive baseline is the cell None."""
 
     def __init__(
-        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, prompts: list[str]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, prompts: list[str]
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
