@@ -1,4 +1,4 @@
-"""Train a Llama model with layer dropout and early-exit loss: from scratch, going on from a model, or on a task.
+"""Train a model with layer dropout and early-exit loss: from scratch, going on from a model, or on a task.
 
 python train.py --data_path my_texts/ --output_dir runs/first --max_steps 1000 --learning_rate 3e-3
 torchrun --nproc_per_node 2 train.py --data_path my_texts/ --output_dir runs/second --max_steps 1000
