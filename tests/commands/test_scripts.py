@@ -241,7 +241,7 @@ def test_the_documents_commands_run(command: Command, run: Callable[..., int], r
     main, brief = SCRIPTS[command.program]
     flags = [*command.flags, "--model", str(BUNDLED_CHECKPOINT), "--output_dir", str(rows.parent / "logs")]
     if "--dataset" in flags:
-        flags += ["--dataset", "custom_jsonl", "--data_path", str(rows)]
+        flags += ["--dataset", "custom_jsonl", "--data_path", str(rows), "--prompt_style", "own"]
     if "--compile" in flags:
         flags += ["--compile", "none"]
     if find_spec("llama_cpp") is None:
