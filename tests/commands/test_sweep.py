@@ -316,13 +316,16 @@ def test_a_choice_needs_a_folder(run_sweep: Run, capsys: pytest.CaptureFixture[s
     assert not logs.exists()
 
 
+SOME_DRAFTS = ["--num_speculations_first", 2, "--num_speculations_last", 6]
+
+
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(
     ("flags", "cells"),
     [
         (["--exit_layer_step", 2, "--num_speculations_last", 1], [(1, 1), (3, 1), (5, 1)]),
         (
-            ["--exit_layer_first", 5, "--num_speculations_first", 2, "--num_speculations_step", 3],
+            [*SOME_DRAFTS, "--exit_layer_first", 5, "--num_speculations_step", 3],
             [(5, 2), (5, 5)],
         ),
         (["--exit_layer_first", 4, "--exit_layer_last", 6, "--exit_layer_step", 2], [(4, 3), (6, 3)]),
