@@ -318,6 +318,8 @@ class HuggingfaceLlamaGenerator:
 
     def _parts(self, request: GenerationRequest, batch_size: int | None) -> list[GenerationRequest]:
         """The requests that the strategy gets. Prompts that are answered one by one know nothing of one another."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"--batch_size must be at least 1, not {batch_size}.")
         if batch_size is None or batch_size >= len(request.prompts):
             return [request]
         if batch_size > 1 and self.strategy.keeps_batches_full:

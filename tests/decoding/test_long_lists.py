@@ -134,6 +134,14 @@ def test_times(prompts: list[list[int]], config: GenerationConfig, model: LlamaF
         assert sum(result.seconds for result in results) > request_seconds
 
 
+def test_a_batch_of_none_is_refused(
+    prompts: list[list[int]], config: GenerationConfig, model: LlamaForCausalLM, tokenizer: object
+) -> None:
+    generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
+    with pytest.raises(ValueError, match="--batch_size must be at least 1, not 0"):
+        generator.generate(prompts, config, batch_size=0)
+
+
 def test_nothing_to_generate(prompts: list[list[int]], model: LlamaForCausalLM, tokenizer: object) -> None:
     generator = HuggingfaceLlamaGenerator(tokenizer, AutoregressiveStrategy(model))
     config = GenerationConfig(max_new_tokens=0, sample=False)
