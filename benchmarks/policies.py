@@ -70,7 +70,7 @@ class Scored(WithoutLookup):
         known.add(drafted, accepted)
         self.bests.pop(exit_layer, None)
 
-    def _trial(self, best: Expected) -> Cell:
+    def _trial(self, best: Expected, most_drafts: int) -> Cell:
         return best.cell
 
 

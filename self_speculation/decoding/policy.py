@@ -3,13 +3,14 @@
 A token drafted at exit E is accepted with a probability α(E), which is estimated from the counts of accepted drafts and
 of drafts that ended a step, the older the less. A step with d drafts is expected to give τ = (1 − α^(d+1)) / (1 − α)
 tokens (Leviathan et al. 2023, equation 1), and its seconds have been measured. The choice is the cell of the most
-tokens a second; with d = 0 that is autoregressive decoding. What is not chosen is tried now and then, as long as little
-time is lost by it.
+tokens a second; with d = 0 that is autoregressive decoding. Another exit is tried where it would be better if luck has
+it: the less is known of it, the more luck there may be. Little time may be lost by that.
 
 Drafts that cost nothing (`decoding/lookup.py`) are one more choice where there are any: cells of exit 0, whose α is
 known by the length of the match.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,12 +27,16 @@ MEMORY, LEAST_KEPT = 0.98, 6.0
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
 # The same for drafts that cost nothing, by the least length of their match.
 PRIOR_OF_FREE = {3: 0.4, 5: 0.6, 9: 0.8}
+# How much the drafts of earlier prompts count for at the beginning of another one, which may be of another kind.
+EARLIER_DRAFTS = 4.0
 # A cell is left only for one that is better by this factor.
-HYSTERESIS = 1.02
+HYSTERESIS = 1.005
+# How many standard deviations of its estimate an exit may be better than it seems, and the least variance of a draft.
+LUCK, LEAST_VARIANCE = 2.0, 0.05
 # Below one, where the sum that gives τ has a value.
 MOST_CERTAIN = 1 - 1e-9
 # The share of the time that trying other cells may lose.
-MOST_LOST = 0.016
+MOST_LOST = 0.012
 
 
 @dataclass
@@ -47,6 +52,17 @@ class Acceptance:
         """α, with a prior, so that it is a number from the beginning."""
         return (self.accepted + self.prior * PRIOR_DRAFTS) / (self.accepted + self.stopped + PRIOR_DRAFTS)
 
+    def with_luck(self, steps_without: int) -> float:
+        """How high α may well be, after so many steps without drafts, which make what is known worth less."""
+        alpha = self.rate
+        drafts = (self.accepted + self.stopped) * MEMORY**steps_without + PRIOR_DRAFTS
+        return alpha + LUCK * math.sqrt(max(alpha * (1 - alpha), LEAST_VARIANCE) / drafts)
+
+    def of_earlier_prompts(self) -> "Acceptance":
+        """The same, worth few drafts."""
+        share = min(1.0, EARLIER_DRAFTS / max(self.accepted + self.stopped, EARLIER_DRAFTS))
+        return Acceptance(self.prior, self.accepted * share, self.stopped * share)
+
     def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
         """A row's drafts in one step, after so many steps that had none."""
         kept = MEMORY ** min(drafted, accepted + 1)
@@ -54,6 +70,9 @@ class Acceptance:
             kept *= max(MEMORY**steps_without, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
         self.accepted = self.accepted * kept + accepted
         self.stopped = self.stopped * kept + (accepted < drafted)
+
+
+UNKNOWN = Acceptance()
 
 
 class Expected(NamedTuple):
@@ -76,8 +95,8 @@ class Policy:
     known: dict[int, Acceptance] = field(default_factory=dict)
     current: Cell | None = None
     elapsed: float = 0.0
-    lost: float = 0.0
-    turn: int = 0
+    # What trials of each exit have lost.
+    lost: dict[int, float] = field(default_factory=dict)
     steps: int = 0
     # The last step with drafts of each exit.
     last: dict[int, int] = field(default_factory=dict)
@@ -94,7 +113,7 @@ class Policy:
         """This policy with what another one knows, which is learnt on by both; their menus may differ."""
         if other is None:
             return self
-        known = {exit_layer: known for exit_layer, known in other.known.items() if exit_layer in self._menu}
+        known = {exit: known.of_earlier_prompts() for exit, known in other.known.items() if exit in self._menu}
         current = other.current if other.current in self.seconds else None
         return replace(other, seconds=self.seconds, first=self.first, known=known, current=current)
 
@@ -107,7 +126,7 @@ class Policy:
             gratis = self._best_at(FREE, num_free, self._known_of(free).rate)
             if gratis.tokens_per_second > best.tokens_per_second:
                 return gratis.cell
-        return self._trial(best) if most_drafts else best.cell
+        return self._trial(best, most_drafts) if most_drafts else best.cell
 
     def _best(self, most_drafts: int) -> "Expected":
         """The best of the exits' own cells; the current one, where that is as good."""
@@ -135,7 +154,8 @@ class Policy:
             return
         if self.current is not None and cell != self.current:
             tokens = sum(accepted) / max(len(accepted), 1) + 1
-            self.lost += max(self.seconds[cell] - tokens / self.tokens_per_second(self.current), 0.0)
+            loss = max(self.seconds[cell] - tokens / self.tokens_per_second(self.current), 0.0)
+            self.lost[cell.exit_layer] = self.lost.get(cell.exit_layer, 0.0) + loss
         known = self.known.setdefault(cell.exit_layer, Acceptance())
         self.bests.pop(cell.exit_layer, None)
         for row_drafted, row_accepted in zip(drafted, accepted, strict=True):
@@ -165,13 +185,10 @@ class Policy:
         return menu
 
     @cached_property
-    def _trials(self) -> dict[int, list[Cell]]:
-        """By the exit that drafts, FREE where none does: a draft of one token at each of the others."""
-        exits = [exit_layer for exit_layer in self._menu if exit_layer != FREE]
-        return {
-            drafting: [Cell(exit_layer, 1) for exit_layer in exits if exit_layer != drafting]
-            for drafting in (FREE, *exits)
-        }
+    def _drafting(self) -> dict[int, list[tuple[Cell, float]]]:
+        """The same of cells that draft with an exit."""
+        menu = {exit_layer: [pair for pair in pairs if pair[0][1]] for exit_layer, pairs in self._menu.items()}
+        return {exit_layer: pairs for exit_layer, pairs in menu.items() if pairs and exit_layer != FREE}
 
     @cached_property
     def _longest(self) -> int:
@@ -179,24 +196,34 @@ class Policy:
         return max(cell.num_speculations for cell in self.seconds)
 
     def _best_at(self, exit_layer: int, most_drafts: int, alpha: float) -> "Expected":
-        """An exit's own best cell: the sum that gives τ, but for its denominator, over the seconds."""
-        alpha = min(alpha, MOST_CERTAIN)
-        room = (
-            ((1 - alpha ** (cell[1] + 1)) / seconds, cell)
-            for cell, seconds in self._menu[exit_layer]
-            if cell[1] <= most_drafts
-        )
-        most, best = max(room)
-        return Expected(best, most / (1 - alpha))
+        """An exit's own best cell."""
+        return _best_of_cells(self._menu[exit_layer], most_drafts, alpha)
 
-    def _trial(self, best: "Expected") -> Cell:
-        """A draft of one token at another exit, or at any where nothing is drafted, if it may be lost."""
-        trials = self._trials[best.cell.exit_layer if best.cell.num_speculations else FREE]
-        if not trials:
+    def _trial(self, best: "Expected", most_drafts: int) -> Cell:
+        """A draft of another exit (of any, where nothing is drafted) that luck may make the best, if little is lost.
+
+        Every exit may lose as much, lest those that lose little leave nothing to others.
+        """
+        drafting = best.cell.exit_layer if best.cell.num_speculations else None
+        others = [exit_layer for exit_layer in self._drafting if exit_layer != drafting]
+        if not others:
             return best.cell
-        trial = trials[self.turn % len(trials)]
-        loss = self.seconds[trial] - 1 / best.tokens_per_second
-        if self.lost + loss > MOST_LOST * self.elapsed:
+        exit_layer = others[self.steps % len(others)]
+        left = MOST_LOST * self.elapsed / len(others) - self.lost.get(exit_layer, 0.0)
+        if left <= 0:
             return best.cell
-        self.turn += 1
-        return trial
+        known, pairs = self.known.get(exit_layer, UNKNOWN), self._drafting[exit_layer]
+        lucky = known.with_luck(self.steps - self.last.get(exit_layer, self.steps))
+        if _best_of_cells(pairs, most_drafts, lucky).tokens_per_second <= best.tokens_per_second:
+            return best.cell
+        trial = _best_of_cells(pairs, most_drafts, (known.rate + lucky) / 2).cell
+        loss = self.seconds[trial] * (1 - self._rate(trial, known.rate) / best.tokens_per_second)
+        return trial if loss <= left else best.cell
+
+
+def _best_of_cells(pairs: list[tuple[Cell, float]], most_drafts: int, alpha: float) -> Expected:
+    """Of cells and their seconds the best: the sum that gives τ, but for its denominator, over the seconds."""
+    alpha = min(alpha, MOST_CERTAIN)
+    room = (((1 - alpha ** (cell[1] + 1)) / seconds, cell) for cell, seconds in pairs if cell[1] <= most_drafts)
+    most, best = max(room)
+    return Expected(best, most / (1 - alpha))
