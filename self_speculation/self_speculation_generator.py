@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, step_seconds
+from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, resting, step_seconds
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHeads
 from self_speculation.decoding.early_exit import TorchKernels, check_exit_layer
@@ -82,13 +82,23 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             exit_layer: dataclasses.replace(step.passes, plan=dataclasses.replace(plan, exit_layer=exit_layer))
             for exit_layer in self._exit_layers(plan)
         }
-        key = (request.num_rows, *exits, plan.draft_head, type(step.passes.kernels), request.config.sample)
+        # A conversation's tokens are read once, so nothing may have missed them.
+        is_alone = len(request.prompts) == 1 and not request.continues
+        without_drafts = resting(exits[plan.exit_layer]) if is_alone else exits[plan.exit_layer]
+        key = (
+            request.num_rows,
+            *exits,
+            plan.draft_head,
+            type(without_drafts.kernels),
+            type(step.passes.kernels),
+            request.config.sample,
+        )
         if key not in self.seconds:
-            self.seconds[key] = step_seconds(exits, request.num_rows, request.config.sample)
+            self.seconds[key] = step_seconds(exits, without_drafts, request.num_rows, request.config.sample)
         policy = self.policy(self.seconds[key], plan.exit_layer)
         if request.config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
-        return AdaptiveStep(exits, step.rows, policy)
+        return AdaptiveStep(exits, without_drafts, step.rows, policy)
 
     def _exit_layers(self, plan: StepPlan) -> list[int]:
         if plan.adapter is not None:

@@ -9,7 +9,7 @@ Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N number
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.kernels import forward_remainder
+from self_speculation.decoding.late_adapter import LateAdapterKernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.prefill import prefill
@@ -71,16 +72,17 @@ class FreePasses:
 class AdaptiveStep:
     """A step that asks its policy for E and d, and tells it what came of them. It has passes for every exit.
 
-    A single row may also take drafts that cost nothing.
+    A single row may also take drafts that cost nothing. `passes` are of steps that draft nothing at their exit; there
+    an exit adapter may wait.
     """
 
     is_fixed = False
 
-    def __init__(self, exits: dict[int, EagerPasses], rows: Rows, policy: Policy) -> None:
+    def __init__(self, exits: dict[int, EagerPasses], passes: EagerPasses, rows: Rows, policy: Policy) -> None:
         self.exits = exits
+        self.passes = passes
         self.rows = rows
         self.policy = policy
-        self.passes = exits[policy.first]
         self.lookup = Lookup() if takes_free_drafts(rows) else None
         self.free, self.cell = NOTHING, Cell(policy.first, 0)
 
@@ -88,9 +90,18 @@ class AdaptiveStep:
         """Draft, verify, commit: at most d tokens."""
         self.free = self._free_draft(num_speculations)
         self.cell = self.policy.choose(num_speculations, self.free)
-        exit_layer, num_drafts = self.cell
-        passes = FreePasses(self.passes, self.free.tokens) if exit_layer == FREE else self.exits[exit_layer]
-        return speculative_step(passes, self.rows, num_drafts)._replace(cell=self.cell)
+        return speculative_step(self._passes(), self.rows, self.cell.num_speculations)._replace(cell=self.cell)
+
+    def _passes(self) -> Passes:
+        """The passes of the cell that was chosen; an adapter that is to draft reads first what it has missed."""
+        if self.cell.exit_layer == FREE:
+            return FreePasses(self.passes, self.free.tokens)
+        if not self.cell.num_speculations:
+            return self.passes
+        adapter, kernels = self.passes.plan.adapter, self.passes.kernels
+        if adapter is not None and isinstance(kernels, LateAdapterKernels):
+            kernels.catch_up(adapter, self.rows.cache)
+        return self.exits[self.cell.exit_layer]
 
     def observe(self, steps: Sequence[RowStep]) -> None:
         """Tell the policy what came of the last step, and the lookup what the row's tokens are now."""
@@ -98,6 +109,9 @@ class AdaptiveStep:
         self.policy.observe(self.cell, drafted, accepted, self.free)
         if self.lookup is not None:
             self.lookup.extend(steps[0].tokens)
+        kernels = self.passes.kernels
+        if isinstance(kernels, LateAdapterKernels) and self.cell.exit_layer == FREE:
+            kernels.keep(accepted[0] + 1)
 
     def _free_draft(self, most: int) -> FreeDraft:
         if self.lookup is None:
@@ -107,13 +121,20 @@ class AdaptiveStep:
         return self.lookup.draft(most)
 
 
+def resting(passes: EagerPasses) -> EagerPasses:
+    """The passes, for steps that draft nothing at their exit: an adapter that they have waits."""
+    return passes if passes.plan.adapter is None else replace(passes, kernels=LateAdapterKernels(passes.kernels))
+
+
 def takes_free_drafts(rows: Rows) -> bool:
     """Whether the tokens are one row's."""
     return len(rows.lengths_B) == 1
 
 
 @torch.inference_mode()
-def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> dict[Cell, float]:
+def step_seconds(
+    exits: dict[int, EagerPasses], without_drafts: EagerPasses, num_rows: int, sample: bool
+) -> dict[Cell, float]:
     """What a step costs in every cell of the menu, in seconds.
 
     Steps are timed at the first and the last exit, over prompts of two zeros that do not advance. Between exits, and
@@ -123,12 +144,13 @@ def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> 
     rows = _waiting_rows(exits[first], num_rows, sample)
     sources: dict[int, Passes] = {exit_layer: exits[exit_layer] for exit_layer in {first, last}}
     if takes_free_drafts(rows):
-        sources[FREE] = FreePasses(exits[first], [0] * max(DRAFTS))
+        sources[FREE] = FreePasses(without_drafts, [0] * max(DRAFTS))
     timed = [Cell(source, drafts) for source in sources for drafts in DRAFTS]
     seconds = dict.fromkeys(timed, math.inf)
     for turn in range(1 + TIMED):
         for cell in timed:
-            one = _seconds(partial(speculative_step, sources[cell.exit_layer], rows, cell.num_speculations))
+            passes = sources[cell.exit_layer] if cell.num_speculations else without_drafts
+            one = _seconds(partial(speculative_step, passes, rows, cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
     fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in DRAFTS[1:]}) for source in sources}
