@@ -35,9 +35,16 @@ class WithoutLookup(Policy):
         return super().choose(most_drafts)
 
 
+class WithoutStops(Policy):
+    """Our policy whose drafts have the length that was chosen, however sure they are."""
+
+    stops = False
+
+
 class PlusMinusOne(WithoutLookup):
     """One exit; d grows by one after a draft that was accepted whole, and shrinks by one, to no less than one."""
 
+    stops = False
     drafts: int = 4
 
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
@@ -57,6 +64,7 @@ class PlusMinusOne(WithoutLookup):
 class Scored(WithoutLookup):
     """Our policy where every exit is scored at every step, so that nothing needs to be tried."""
 
+    stops = False
     is_scored: bool = True
 
     def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
@@ -175,6 +183,6 @@ class ScoringStrategy(AdaptiveStrategy):
             return step
         watch = Watching(step.passes.kernels, sorted(step.exits))
         exits = {exit_layer: replace(passes, kernels=watch) for exit_layer, passes in step.exits.items()}
-        scored = ScoredStep(exits, step.rows, step.policy)
+        scored = ScoredStep(exits, step.passes, step.rows, step.policy)
         scored.lookup, scored.watch = None, watch
         return scored

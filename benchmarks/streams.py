@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.policies import Del, PlusMinusOne, Scored, ScoringStrategy, WithoutLookup
+from benchmarks.policies import Del, PlusMinusOne, Scored, ScoringStrategy, WithoutLookup, WithoutStops
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.decoding.cell import Cell
@@ -123,6 +123,7 @@ class LineUp:
         policies = {
             OURS: lambda: AdaptiveStrategy(self.model),
             "without lookup": lambda: AdaptiveStrategy(self.model, WithoutLookup),
+            "without stops": lambda: AdaptiveStrategy(self.model, WithoutStops),
             "scored": lambda: ScoringStrategy(self.model, Scored),
             "DEL": lambda: ScoringStrategy(self.model, partial(Del, num_layers=num_layers)),
             "±1": lambda: AdaptiveStrategy(self.model, PlusMinusOne),

@@ -9,14 +9,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, resting, step_seconds
+from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, resting, step_seconds, takes_free_drafts
 from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.confidence import MOST_LOOKING, ConfidentRule, look_seconds
 from self_speculation.decoding.draft_head import DraftHeads
 from self_speculation.decoding.early_exit import TorchKernels, check_exit_layer
 from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.policy import Policy
+from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.session import Step
-from self_speculation.decoding.step import StepPlan
+from self_speculation.decoding.step import EagerPasses, StepPlan
+from self_speculation.decoding.verification import GreedyRule
 from self_speculation.exit_adapter import ExitAdapter, exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest
 from self_speculation.stepwise_strategy import StepwiseStrategy
@@ -55,6 +58,7 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         super().__init__(model)
         self.policy = policy
         self.seconds: dict[tuple[Hashable, ...], dict[Cell, float]] = {}
+        self.look_seconds = look_seconds(GreedyRule(), model.config.vocab_size, model.dtype)
         self.learnt: Policy | None = None
 
     def plan(self, config: GenerationConfig) -> StepPlan:
@@ -85,20 +89,33 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         # A conversation's tokens are read once, so nothing may have missed them.
         is_alone = len(request.prompts) == 1 and not request.continues
         without_drafts = resting(exits[plan.exit_layer]) if is_alone else exits[plan.exit_layer]
-        key = (
-            request.num_rows,
-            *exits,
-            plan.draft_head,
-            type(without_drafts.kernels),
-            type(step.passes.kernels),
-            request.config.sample,
-        )
-        if key not in self.seconds:
-            self.seconds[key] = step_seconds(exits, without_drafts, request.num_rows, request.config.sample)
-        policy = self.policy(self.seconds[key], plan.exit_layer)
+        policy = self.policy(self._seconds(exits, without_drafts, request), plan.exit_layer)
         if request.config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
+        if self._may_stop(policy, step.rows):
+            rule = ConfidentRule(step.passes.rule)
+            exits = {exit_layer: dataclasses.replace(passes, rule=rule) for exit_layer, passes in exits.items()}
         return AdaptiveStep(exits, without_drafts, step.rows, policy)
+
+    def _seconds(
+        self, exits: dict[int, EagerPasses], without_drafts: EagerPasses, request: GenerationRequest
+    ) -> dict[Cell, float]:
+        """What steps cost: measured once for requests like this one."""
+        plan, kernels, num_rows, sample = (
+            without_drafts.plan,
+            without_drafts.kernels,
+            request.num_rows,
+            request.config.sample,
+        )
+        key = (num_rows, *exits, plan.draft_head, type(kernels), type(exits[plan.exit_layer].kernels), sample)
+        if key not in self.seconds:
+            self.seconds[key] = step_seconds(exits, without_drafts, num_rows, sample)
+        return self.seconds[key]
+
+    def _may_stop(self, policy: Policy, rows: Rows) -> bool:
+        """Whether drafts may stop: those of one row, where looking how sure they are costs little."""
+        is_cheap = self.look_seconds <= MOST_LOOKING * policy.draft_seconds(policy.first)
+        return policy.stops and is_cheap and takes_free_drafts(rows) and rows.lengths_B.device.type == "cpu"
 
     def _exit_layers(self, plan: StepPlan) -> list[int]:
         if plan.adapter is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import FREE, Cell
+from self_speculation.decoding.confidence import ConfidentRule
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.kernels import forward_remainder
 from self_speculation.decoding.late_adapter import LateAdapterKernels
@@ -73,7 +74,7 @@ class AdaptiveStep:
     """A step that asks its policy for E and d, and tells it what came of them. It has passes for every exit.
 
     A single row may also take drafts that cost nothing. `passes` are of steps that draft nothing at their exit; there
-    an exit adapter may wait.
+    an exit adapter may wait. Where the exits' rule tells how sure a draft is, the policy may stop it.
     """
 
     is_fixed = False
@@ -85,12 +86,24 @@ class AdaptiveStep:
         self.policy = policy
         self.lookup = Lookup() if takes_free_drafts(rows) else None
         self.free, self.cell = NOTHING, Cell(policy.first, 0)
+        self.confidences: list[float] = []
 
     def __call__(self, num_speculations: int) -> StepOutcome:
         """Draft, verify, commit: at most d tokens."""
         self.free = self._free_draft(num_speculations)
         self.cell = self.policy.choose(num_speculations, self.free)
-        return speculative_step(self._passes(), self.rows, self.cell.num_speculations)._replace(cell=self.cell)
+        self.confidences = []
+        passes, rule = self._passes(), self.exits[self.policy.first].rule
+        if self.cell.exit_layer == FREE or not self.cell.num_speculations or not isinstance(rule, ConfidentRule):
+            return speculative_step(passes, self.rows, self.cell.num_speculations)._replace(cell=self.cell)
+        outcome = speculative_step(passes, self.rows, num_speculations, partial(self._is_enough, rule))
+        self.cell = self.cell._replace(num_speculations=len(self.confidences))
+        return outcome._replace(cell=self.cell)
+
+    def _is_enough(self, rule: ConfidentRule) -> bool:
+        """Whether one token more of this draft does not pay."""
+        self.confidences.append(rule.confidence())
+        return not self.policy.goes_on(self.cell.exit_layer, self.confidences)
 
     def _passes(self) -> Passes:
         """The passes of the cell that was chosen; an adapter that is to draft reads first what it has missed."""
@@ -107,6 +120,8 @@ class AdaptiveStep:
         """Tell the policy what came of the last step, and the lookup what the row's tokens are now."""
         drafted, accepted = [len(step.drafted) for step in steps], [step.accepted for step in steps]
         self.policy.observe(self.cell, drafted, accepted, self.free)
+        if self.confidences:
+            self.policy.observe_confidences(self.cell.exit_layer, self.confidences[: drafted[0]], accepted[0])
         if self.lookup is not None:
             self.lookup.extend(steps[0].tokens)
         kernels = self.passes.kernels

@@ -8,6 +8,9 @@ it: the less is known of it, the more luck there may be. Little time may be lost
 
 Drafts that cost nothing (`decoding/lookup.py`) are one more choice where there are any: cells of exit 0, whose α is
 known by the length of the match.
+
+Where it is known how sure a draft is of each token (`decoding/confidence.py`), it may go on past d or stop before: one
+token more pays while the chance that it will be accepted is worth its seconds.
 """
 
 import math
@@ -15,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
@@ -26,7 +29,9 @@ MEMORY, LEAST_KEPT = 0.98, 6.0
 # The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth.
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
 # The same for drafts that cost nothing, by the least length of their match.
-PRIOR_OF_FREE = {3: 0.4, 5: 0.6, 9: 0.8}
+PRIOR_OF_FREE = {3.0: 0.4, 5.0: 0.6, 9.0: 0.8}
+# The same for drafts of an exit, by the least probability that it gives them.
+PRIOR_OF_SURE = {0.0: 0.4, 0.3: 0.6, 0.6: 0.8, 0.85: 0.93}
 # How much the drafts of earlier prompts count for at the beginning of another one, which may be of another kind.
 EARLIER_DRAFTS = 4.0
 # A cell is left only for one that is better by this factor.
@@ -73,6 +78,18 @@ class Acceptance:
 
 
 UNKNOWN = Acceptance()
+# An acceptance for each of some least values.
+Graded = dict[float, Acceptance]
+
+
+def graded(priors: Mapping[float, float]) -> Graded:
+    """Before anything was drafted."""
+    return {least: Acceptance(prior) for least, prior in priors.items()}
+
+
+def grade(known: Graded, value: float) -> Acceptance:
+    """What is known of drafts of such a value."""
+    return known[max(least for least in known if least <= value)]
 
 
 class Expected(NamedTuple):
@@ -100,9 +117,10 @@ class Policy:
     steps: int = 0
     # The last step with drafts of each exit.
     last: dict[int, int] = field(default_factory=dict)
-    free: dict[int, Acceptance] = field(
-        default_factory=lambda: {match: Acceptance(prior) for match, prior in PRIOR_OF_FREE.items()}
-    )
+    free: Graded = field(default_factory=lambda: graded(PRIOR_OF_FREE))
+    # Whether drafts may stop where they are not sure. Of each exit, what is known by how sure it was.
+    stops: ClassVar[bool] = True
+    sure: dict[int, Graded] = field(default_factory=dict)
     # Of each exit, the best of all its cells with what it is expected to give, until more is known of the exit.
     bests: dict[int, "Expected"] = field(default_factory=dict, init=False)
 
@@ -123,7 +141,7 @@ class Policy:
         self.current = best.cell
         num_free = min(len(free.tokens), most_drafts)
         if FREE in self._menu and num_free:
-            gratis = self._best_at(FREE, num_free, self._known_of(free).rate)
+            gratis = self._best_at(FREE, num_free, grade(self.free, free.match).rate)
             if gratis.tokens_per_second > best.tokens_per_second:
                 return gratis.cell
         return self._trial(best, most_drafts) if most_drafts else best.cell
@@ -147,14 +165,15 @@ class Policy:
 
     def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
         """What a step gave: each row's drafts, and how many of them were accepted."""
-        self.elapsed += self.seconds[cell]
+        seconds = self._seconds_of(cell)
+        self.elapsed += seconds
         self.steps += 1
         if cell.exit_layer == FREE:
-            self._known_of(free).add(drafted[0], accepted[0])
+            grade(self.free, free.match).add(drafted[0], accepted[0])
             return
-        if self.current is not None and cell != self.current:
+        if self._is_trial(cell):
             tokens = sum(accepted) / max(len(accepted), 1) + 1
-            loss = max(self.seconds[cell] - tokens / self.tokens_per_second(self.current), 0.0)
+            loss = max(seconds - tokens / self.tokens_per_second(self.current or cell), 0.0)
             self.lost[cell.exit_layer] = self.lost.get(cell.exit_layer, 0.0) + loss
         known = self.known.setdefault(cell.exit_layer, Acceptance())
         self.bests.pop(cell.exit_layer, None)
@@ -164,6 +183,37 @@ class Policy:
                 known.add(row_drafted, row_accepted, max(steps_without, 0))
                 self.last[cell.exit_layer] = self.steps
 
+    def _is_trial(self, cell: Cell) -> bool:
+        """Whether a step drafted otherwise than at the exit that is thought the best."""
+        if self.current is None or not cell.num_speculations:
+            return False
+        return not self.current.num_speculations or cell.exit_layer != self.current.exit_layer
+
+    def goes_on(self, exit_layer: int, confidences: Sequence[float]) -> bool:
+        """Whether one token more pays, after drafts that an exit was so sure of."""
+        known = self.sure.setdefault(exit_layer, graded(PRIOR_OF_SURE))
+        chance = math.prod(grade(known, confidence).rate for confidence in confidences)
+        best = self.tokens_per_second(self.current or Cell(exit_layer, 1))
+        return chance * self.known.get(exit_layer, UNKNOWN).rate >= self.draft_seconds(exit_layer) * best
+
+    def observe_confidences(self, exit_layer: int, confidences: Sequence[float], accepted: int) -> None:
+        """How sure an exit was of the drafts of a row, of which so many were accepted."""
+        known = self.sure.setdefault(exit_layer, graded(PRIOR_OF_SURE))
+        for place, confidence in enumerate(confidences[: accepted + 1]):
+            grade(known, confidence).add(1, int(place < accepted))
+
+    def draft_seconds(self, exit_layer: int) -> float:
+        """What one token more of a draft costs."""
+        (first, least), (last, most) = self._drafting[exit_layer][0], self._drafting[exit_layer][-1]
+        return (most - least) / max(last.num_speculations - first.num_speculations, 1)
+
+    def _seconds_of(self, cell: Cell) -> float:
+        """What a step cost, whose draft may have stopped at any length."""
+        if cell in self.seconds:
+            return self.seconds[cell]
+        first, least = self._drafting[cell.exit_layer][0]
+        return least + (cell.num_speculations - first.num_speculations) * self.draft_seconds(cell.exit_layer)
+
     def tokens_per_second(self, cell: Cell) -> float:
         """What a cell is expected to give each row."""
         known = self.known.get(cell.exit_layer)
@@ -172,9 +222,6 @@ class Policy:
     def _rate(self, cell: Cell, alpha: float) -> float:
         alpha = min(alpha, MOST_CERTAIN)
         return (1 - alpha ** (cell.num_speculations + 1)) / (1 - alpha) / self.seconds[cell]
-
-    def _known_of(self, free: FreeDraft) -> Acceptance:
-        return self.free[max(match for match in self.free if match <= free.match)]
 
     @cached_property
     def _menu(self) -> dict[int, list[tuple[Cell, float]]]:

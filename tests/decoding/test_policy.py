@@ -1,5 +1,6 @@
 """The policy by literal tables, and decoding under it and under random choices: always the full model's tokens."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,14 +9,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.adaptive_step import evened_out
 from self_speculation.decoding.cell import FREE, Cell
+from self_speculation.decoding.confidence import ConfidentRule
 from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
-from self_speculation.decoding.verification import Draft
+from self_speculation.decoding.verification import Draft, GreedyRule
 from self_speculation.decoding.width_invariant import WidthInvariantKernels
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
@@ -155,6 +158,44 @@ def test_the_estimate_is_a_number_from_the_beginning() -> None:
     assert known.rate == pytest.approx((4 * 0.98 + 1.2) / (4 * 0.98 + 1 + 2))
 
 
+@pytest.mark.parametrize(
+    ("history", "confidences", "goes_on"),
+    [
+        # A token more costs 2.5 of a step's 10 seconds.
+        ([], [0.9], True),
+        ([], [0.9, 0.9, 0.9], True),
+        ([], [0.5], True),
+        ([], [0.1, 0.1], False),
+        ([([0.1], 1)] * 20, [0.1, 0.1], True),
+        ([([0.9], 0)] * 20, [0.9], False),
+        # What follows a refused token says nothing.
+        ([([0.9, 0.9, 0.9, 0.1], 3)] * 20 + [([0.1, 0.9, 0.9], 0)] * 20, [0.9, 0.9], True),
+    ],
+)
+def test_a_draft_goes_on_while_it_is_sure_enough(
+    history: list[tuple[list[float], int]], confidences: list[float], goes_on: bool
+) -> None:
+    policy = learn(Policy(costs(2), first=2), *[(Cell(2, 4), 4)] * 3)
+    policy.current = Cell(2, 0)
+    for sure, accepted in history:
+        policy.observe_confidences(2, sure, accepted)
+    assert policy.goes_on(2, confidences) is goes_on
+
+
+def test_a_stopped_draft_costs_what_it_had() -> None:
+    """Also of a length that is not in the menu."""
+    policy = learn(Policy(costs(2), first=2), (Cell(2, 3), 3), (Cell(2, 5), 2))
+    assert policy.elapsed == pytest.approx(10 + 3 * 2.5 + 10 + 5 * 2.5)
+    assert policy.lost == {}
+
+
+def test_how_sure_a_draft_was() -> None:
+    rule, logits_11V = ConfidentRule(GreedyRule()), torch.tensor([[[0.0, 2.0, 1.0]]])
+    token_B1, q_B1V = rule.propose(logits_11V, None)
+    assert (token_B1.item(), q_B1V) == (1, None)
+    assert rule.confidence() == pytest.approx(math.exp(2) / (1 + math.exp(2) + math.exp(1)))
+
+
 # Drafts that cost nothing
 
 
@@ -225,6 +266,9 @@ class RandomPolicy(Policy):
         gratis = [Cell(FREE, d) for d in range(1, min(len(free.tokens), most_drafts) + 1)]
         return random.choice(gratis or own)
 
+    def goes_on(self, exit_layer: int, confidences: Sequence[float]) -> bool:
+        return random.random() < 0.6
+
 
 @pytest.fixture
 def answer(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[int]]]:
@@ -249,9 +293,11 @@ def test_answers_are_autoregressive_decodings(
     policy: type[Policy],
     make_model: MakeModel,
     answer: Callable[..., list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever is chosen, alone and in ragged batches, up to the end of the context, and at stops within a draft."""
     random.seed(3)
+    monkeypatch.setattr(self_speculation_generator, "MOST_LOOKING", math.inf)
     model = make_model()
     strategy, fields = AdaptiveStrategy(model, policy), sampling | {"exact": exact}
     baseline = AutoregressiveStrategy(model)
@@ -261,6 +307,30 @@ def test_answers_are_autoregressive_decodings(
             expected = answer(baseline, prompts, **fields, **stops, exit_layer=None)
             assert answer(strategy, prompts, **fields, **stops) == expected
             assert answer(strategy, prompts, **fields, **stops, draft_vocab=150) == expected
+
+
+@pytest.mark.parametrize("most_looking", [0.0, math.inf])
+def test_a_draft_that_is_not_sure_stops(
+    most_looking: float,
+    make_model: MakeModel,
+    answer: Callable[..., list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where looking pays; random weights are never sure."""
+    monkeypatch.setattr(self_speculation_generator, "MOST_LOOKING", most_looking)
+    cells = []
+
+    class DraftsMuch(Policy):
+        def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
+            return Cell(2, min(4, most_drafts))
+
+        def observe(
+            self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING
+        ) -> None:
+            cells.append(cell)
+
+    answer(AdaptiveStrategy(make_model(), DraftsMuch), prompts_of(9))
+    assert {cell.num_speculations for cell in cells[:5]} == ({4} if most_looking == 0 else {1})
 
 
 def test_an_exit_adapter_keeps_up(make_model: MakeModel, answer: Callable[..., list[list[int]]]) -> None:
@@ -309,6 +379,8 @@ def test_an_exit_adapter_reads_nothing_until_it_drafts(
         return run_adapter(self, adapter, states_BTD, *others)
 
     class DraftsLate(Policy):
+        stops = False
+
         def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
             return Cell(2, min(2, most_drafts) if self.steps >= 6 else 0)
 
