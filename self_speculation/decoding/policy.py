@@ -253,7 +253,7 @@ class Policy:
         """
         drafting = best.cell.exit_layer if best.cell.num_speculations else None
         others = [exit_layer for exit_layer in self._drafting if exit_layer != drafting]
-        if not others:
+        if not others or most_drafts < self._drafting[others[0]][0][0].num_speculations:
             return best.cell
         exit_layer = others[self.steps % len(others)]
         left = MOST_LOST * self.elapsed / len(others) - self.lost.get(exit_layer, 0.0)
