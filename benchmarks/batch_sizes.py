@@ -42,6 +42,7 @@ from self_speculation.measuring.figures import Times, Totals
 from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.measurements import Round, list_size, ratio
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
@@ -135,8 +136,10 @@ def main(kind: type[Contestant] = Contestant) -> None:
     prompts = whole_batches([encode(example.prompt) for example in examples], arguments.batch_sizes)
     log = RunLog(Path(output.output_dir), "batch_sizes")
     log.begin(settings, resume=False)
+    others = OtherWork(model.device)
     rounds = measure(contestants, prompts, arguments, log)
-    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
+    others.end()
+    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)} | others.as_json()
     judge = Judge(model, contestants["autoregressive"].generator.request([], config.generation()))
     texts = {key: compared(judge, contestants[key[0]], prompts, rounds, key) for key in rounds}
     rows = [figures(rounds, key, texts[key]) for key in rounds]

@@ -34,6 +34,7 @@ from self_speculation.ending import one_sentence_errors
 from self_speculation.llm import LayerSkip
 from self_speculation.loading import advice_for, load
 from self_speculation.measuring.figures import rounded
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
@@ -83,12 +84,14 @@ def main() -> None:
     examples = shorten(read_examples(dataset, 42), lambda text: len(llm.tokenizer(text)["input_ids"]), limit)
     prompts = [example.prompt for example in examples]
     with served(arguments, model_arguments, drafts) as over_http:
+        others = OtherWork(llm.model.device)
         rounds = measure(in_process(llm, arguments, drafts) | over_http, prompts, arguments.repeats)
+        others.end()
     rows = [figures(name, rounds) for name in rounds]
     log = RunLog(Path(output.output_dir), "doors")
     log.begin(by_flag(*groups), resume=False)
-    found = {"surroundings": surroundings(llm.model.device) | {"dtype": str(llm.model.dtype)}, "rows": rows}
-    log.write(found | {"arguments": by_flag(*groups)})
+    surrounding = surroundings(llm.model.device) | {"dtype": str(llm.model.dtype)} | others.as_json()
+    log.write({"surroundings": surrounding, "rows": rows, "arguments": by_flag(*groups)})
     Console(highlight=False).print(table(rows))
     print(json.dumps({"doors": rounded(rows)}))
 

@@ -47,6 +47,7 @@ from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, SpeedUp
 from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.rivals import RIVALS, TRANSFORMERS_RIVALS
 from self_speculation.measuring.run_log import RunLog
@@ -299,6 +300,8 @@ class Study:
 
     def run(self, note: Callable[[str], None]) -> None:
         """Every shape, one after the other; `note` is told what is done."""
+        others = OtherWork(self.device, note)
+        self.document["surroundings"] |= others.as_json()
         memory = Memory.measure(self.device, self.probes)
         self.document["memory"] = asdict(memory)
         for shape in self.shapes:
@@ -307,6 +310,9 @@ class Study:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        others.end()
+        self.document["surroundings"] |= others.as_json()
+        self._write()
 
     def _run_shape(self, study: ShapeStudy, note: Callable[[str], None]) -> None:
         found = {"synthetic": True, "name": f"synthetic-{study.shape}"}
@@ -319,8 +325,11 @@ class Study:
             else:
                 found |= part()
                 note(f"{study.shape}: {name}, {self.clock() - start:.1f} s.")
-            self.log.write(self.document)
-            self.markdown.write_text(as_markdown(self.document), encoding="utf-8")
+            self._write()
+
+    def _write(self) -> None:
+        self.log.write(self.document)
+        self.markdown.write_text(as_markdown(self.document), encoding="utf-8")
 
     @property
     def markdown(self) -> Path:
@@ -417,7 +426,8 @@ def as_markdown(document: Figures) -> str:
         f"transformers {machine['versions']['transformers']}, {machine['date'][:10]}, commit {machine['commit']}. "
         f"Greedy, {document['arguments']['max_steps']} new tokens; speed-up and ideal are over `autoregressive`.\n"
     )
-    parts = [head, *(grid.markdown() for grid in grids(document["shapes"]))]
+    caveat = [f"{machine['caveat']}\n"] if "caveat" in machine else []
+    parts = [head, *caveat, *(grid.markdown() for grid in grids(document["shapes"]))]
     if document["skipped"]:
         parts.append(f"Skipped for want of time: {'; '.join(document['skipped'])}.\n")
     return "\n".join(parts)

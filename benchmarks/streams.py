@@ -39,6 +39,7 @@ from self_speculation.loading import ModelArguments, Recommendation, advice_for,
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.measurements import Measurement, Round
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
@@ -98,10 +99,12 @@ def main() -> None:
     prompts = {name: read_prompts(name, arguments, line_up) for name in STREAMS}
     log = RunLog(Path(output.output_dir), "streams")
     log.begin(by_flag(*groups), resume=False)
+    others = OtherWork(model.device)
     rounds = measure(line_up.contestants(arguments), prompts, arguments.repeats, log)
+    others.end()
     rows = [row for stream in [*STREAMS, ALL] for row in figures(stream, rounds)]
-    found = {"surroundings": surroundings(model.device) | {"dtype": str(model.dtype)}, "rows": rows}
-    log.write(found | {"arguments": by_flag(*groups)})
+    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)} | others.as_json()
+    log.write({"surroundings": surrounding, "rows": rows, "arguments": by_flag(*groups)})
     Console(highlight=False).print(table(rows))
     print(verdict(rows))
     print(json.dumps({"streams": rounded(rows)}))

@@ -23,6 +23,7 @@ from self_speculation.measuring.code_execution import best_isolation
 from self_speculation.measuring.figures import StrategyFigures, rounded
 from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.line_up import line_up
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.passes import TimePasses, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.rivals import RIVALS
@@ -85,14 +86,17 @@ class Bench:
             # A run that goes on has the settings that it began with.
             if not arguments.resume:
                 save_settings(folder / "benchmark_settings.json", *self.groups)
+            others = OtherWork(model.device, note)
             ceiling = Ceiling.measure(model, probes)
             note(ceiling.sentence)
         benchmark.run(arguments.repeats, arguments.verbose)
         if ranks.is_main_process:
+            others.end()
             judge = benchmark.judge() if arguments.judge else None
             figures = benchmark.results(ceiling, scorers(arguments.score_text, isolation), judge)
             prompts = {"samples": len(examples), "shortened": num_shortened, "most_tokens": limit.most}
             found = benchmark.document(ceiling, figures, isolation)
+            found["surroundings"] |= others.as_json()
             log.write(found | {"arguments": self.settings, "prompts": prompts})
             self.report(figures)
             if self.output.log:

@@ -15,6 +15,7 @@ from self_speculation.commands.flags import OutputArguments
 from self_speculation.commands.outputs import results_folder
 from self_speculation.decoding.cell import Cell
 from self_speculation.loading import RECOMMENDATION_FILE, load
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.sweep import Findings, Sweep, search
@@ -58,8 +59,10 @@ def look_for_the_best(
         # A run that goes on has the settings that it began with.
         if not arguments.resume:
             save_settings(folder / "sweep_settings.json", *groups)
+        others = OtherWork(model.device)
         found = search(sweep, cells, log, arguments.plan())
-        surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
+        others.end()
+        surrounding = surroundings(model.device) | {"dtype": str(model.dtype)} | others.as_json()
         log.write({"arguments": settings, "surroundings": surrounding} | found.document())
         pictures = found.save_pictures(folder) if output.log else []
     Console(highlight=False).print(finalist_table(found.final))
