@@ -34,7 +34,7 @@ from tqdm import tqdm
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.loading import ModelArguments, advice_for
 from self_speculation.measuring.colours import line_style
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport
@@ -46,6 +46,7 @@ from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
@@ -126,7 +127,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     transformers.utils.logging.set_verbosity_error()
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)

@@ -35,7 +35,7 @@ from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.decoding.cell import Cell
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
-from self_speculation.loading import ModelArguments, Recommendation, advice_for, load
+from self_speculation.loading import ModelArguments, Recommendation, advice_for
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.measurements import Measurement, Round
@@ -43,6 +43,7 @@ from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
@@ -94,7 +95,7 @@ def main() -> None:
         StreamsArguments, ModelArguments, StreamsConfig, OutputArguments, description=__doc__
     )
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     line_up = LineUp(model, tokenizer, config.generation(policy_memory="run"), advice_for(model))
     prompts = {name: read_prompts(name, arguments, line_up) for name in STREAMS}
     log = RunLog(Path(output.output_dir), "streams")
