@@ -106,7 +106,11 @@ def test_the_script_measures_every_strategy_and_batch(
     assert plain["bandwidth_share"] == pytest.approx(speed)
     assert plain["ideal_speedup"] is None
     tables = (tmp_path / "logs" / "hardware_limit.md").read_text()
-    assert tables.count("synthetic-tiny") == len(strategies) + 2
+    assert tables.count("synthetic-tiny") == 2 * len(strategies) + 2
+    [costs] = [line for line in tables.splitlines() if line.startswith("| synthetic-tiny | `hf_generate` | ")][1:]
+    one = strategies["hf_generate"]
+    shown = (1e3 * one["mean_first_token_seconds"], found["peak_bytes"]["hf_generate"] / 1e9, one["preparing_seconds"])
+    assert costs.endswith("| {:.1f} | {:.2f} | {:.1f} |".format(*shown))
     assert "Synthetic models" in tables
     assert "synthetic-tiny (random weights)" in capsys.readouterr().out
 
