@@ -34,7 +34,7 @@ from tqdm import tqdm
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.loading import ModelArguments, advice_for
 from self_speculation.measuring.colours import line_style
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport
@@ -42,9 +42,11 @@ from self_speculation.measuring.figures import Times, Totals
 from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.line_up import line_up
 from self_speculation.measuring.measurements import Round, list_size, ratio
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
@@ -125,7 +127,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     transformers.utils.logging.set_verbosity_error()
     settings = by_flag(*groups)
     examples = read_examples(dataset, config.seed)
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)
@@ -135,8 +137,10 @@ def main(kind: type[Contestant] = Contestant) -> None:
     prompts = whole_batches([encode(example.prompt) for example in examples], arguments.batch_sizes)
     log = RunLog(Path(output.output_dir), "batch_sizes")
     log.begin(settings, resume=False)
+    others = OtherWork(model.device)
     rounds = measure(contestants, prompts, arguments, log)
-    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
+    others.end()
+    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)} | others.as_json()
     judge = Judge(model, contestants["autoregressive"].generator.request([], config.generation()))
     texts = {key: compared(judge, contestants[key[0]], prompts, rounds, key) for key in rounds}
     rows = [figures(rounds, key, texts[key]) for key in rounds]

@@ -49,11 +49,12 @@ from self_speculation.decoding.verification import most_probable
 from self_speculation.ending import one_sentence_errors
 from self_speculation.exit_adapter import exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, HuggingfaceLlamaGenerator
-from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.loading import ModelArguments, advice_for
 from self_speculation.measuring.passes import Timing
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
@@ -397,7 +398,7 @@ def main() -> None:
         CaterpillarArguments, ModelArguments, DatasetArguments, CaterpillarConfig, OutputArguments, description=__doc__
     )
     settings = by_flag(*groups)
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     advice = advice_for(model, dataset.dataset)
     if config.draft_vocab is None:
         config.draft_vocab = advice.draft_vocab

@@ -31,12 +31,15 @@ from tqdm import tqdm
 
 from self_speculation.commands.flags import DraftArguments, OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
+from self_speculation.generator_base import GenerationConfig
 from self_speculation.llm import LayerSkip
-from self_speculation.loading import advice_for, load
+from self_speculation.loading import advice_for
 from self_speculation.measuring.figures import rounded
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.model_arguments import ModelArguments
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
@@ -78,17 +81,20 @@ def main() -> None:
         DoorsArguments, ModelArguments, DraftArguments, DatasetArguments, OutputArguments, description=__doc__
     )
     transformers.utils.logging.set_verbosity_error()
-    llm = LayerSkip(*load(model_arguments))
+    config = GenerationConfig(compile=arguments.compile)
+    llm = LayerSkip(*load_to_decode(model_arguments, config))
     limit = prompt_limit(dataset, llm.model.config.max_position_embeddings, arguments.max_steps)
     examples = shorten(read_examples(dataset, 42), lambda text: len(llm.tokenizer(text)["input_ids"]), limit)
     prompts = [example.prompt for example in examples]
     with served(arguments, model_arguments, drafts) as over_http:
+        others = OtherWork(llm.model.device)
         rounds = measure(in_process(llm, arguments, drafts) | over_http, prompts, arguments.repeats)
+        others.end()
     rows = [figures(name, rounds) for name in rounds]
     log = RunLog(Path(output.output_dir), "doors")
     log.begin(by_flag(*groups), resume=False)
-    found = {"surroundings": surroundings(llm.model.device) | {"dtype": str(llm.model.dtype)}, "rows": rows}
-    log.write(found | {"arguments": by_flag(*groups)})
+    surrounding = surroundings(llm.model.device) | {"dtype": str(llm.model.dtype)} | others.as_json()
+    log.write({"surroundings": surrounding, "rows": rows, "arguments": by_flag(*groups)})
     Console(highlight=False).print(table(rows))
     print(json.dumps({"doors": rounded(rows)}))
 
@@ -151,7 +157,8 @@ def _serve(model_arguments: ModelArguments, settings: dict[str, Any] | None, por
     """A server of the model on the loopback, which decodes as transformers does without settings."""
     from self_speculation.server import OneModel, application, listening, serve
 
-    model, tokenizer = load(model_arguments)
+    compiling = "none" if settings is None else settings["compile"]
+    model, tokenizer = load_to_decode(model_arguments, GenerationConfig(compile=compiling))
     if settings is not None:
         install(model, **settings)
     with listening("localhost", 0) as listener:

@@ -43,10 +43,11 @@ from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import choose_device
 from self_speculation.measuring import tables
 from self_speculation.measuring.ceiling import Ceiling, Memory, WeightBytes
-from self_speculation.measuring.contestants import Contestant, interleaved
-from self_speculation.measuring.figures import Comparison, Counts, SpeedUp
+from self_speculation.measuring.contestants import WARM_UP_TOKENS, Contestant, WarmUp, interleaved
+from self_speculation.measuring.figures import Comparison, Counts, SpeedUp, Totals
 from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.rivals import RIVALS, TRANSFORMERS_RIVALS
 from self_speculation.measuring.run_log import RunLog
@@ -150,6 +151,7 @@ class ShapeStudy:
     probes: Probes = PROBES
     rounds: dict[str, list[Round]] = field(default_factory=dict)
     batches: dict[int, dict[str, Figures]] = field(default_factory=dict)
+    warm_ups: dict[str, WarmUp] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> LlamaForCausalLM:
@@ -214,11 +216,8 @@ class ShapeStudy:
 
     def warm_up(self, name: str) -> Figures:
         """Answers that do not count: what a strategy compiles, it compiles here. Ours answer in full."""
-        contestant, prompts = self.contestants[name], self.prompts(1)
-        if name in OWN:
-            contestant.run(prompts)
-        else:
-            contestant.warm_up(prompts)
+        most = self.arguments.max_steps if name in OWN else WARM_UP_TOKENS
+        self.warm_ups[name] = self.contestants[name].warm_up(self.prompts(1), most)
         return {}
 
     def add_round(self) -> Figures:
@@ -230,7 +229,9 @@ class ShapeStudy:
                 new[name].measurements += answers
         for name, one in new.items():
             self.rounds.setdefault(name, []).append(one)
-        figures = {name: self.figures(name, self.rounds) | self.ideal(name) for name in self.names}
+        figures = {
+            name: self.figures(name, self.rounds) | self.ideal(name) | self.preparing(name) for name in self.names
+        }
         return {"strategies": figures}
 
     def figures(self, name: str, rounds: dict[str, list[Round]]) -> Figures:
@@ -238,6 +239,10 @@ class ShapeStudy:
         own = rounds[name]
         share = self.ceiling.share(own, self.contestants[name])
         return Comparison.of(own, rounds[OWN[0]]).as_json() | {"rounds": len(own), "bandwidth_share": share}
+
+    def preparing(self, name: str) -> Figures:
+        """Seconds for building and compiling before a strategy's first answer."""
+        return {"preparing_seconds": self.warm_ups[name].preparing_seconds(Totals.of(self.rounds[name]).times)}
 
     def ideal(self, name: str) -> Figures:
         """Exit layer and draft length, and how near their ideal a strategy that drafts is at batch 1."""
@@ -299,6 +304,8 @@ class Study:
 
     def run(self, note: Callable[[str], None]) -> None:
         """Every shape, one after the other; `note` is told what is done."""
+        others = OtherWork(self.device, note)
+        self.document["surroundings"] |= others.as_json()
         memory = Memory.measure(self.device, self.probes)
         self.document["memory"] = asdict(memory)
         for shape in self.shapes:
@@ -307,6 +314,9 @@ class Study:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        others.end()
+        self.document["surroundings"] |= others.as_json()
+        self._write()
 
     def _run_shape(self, study: ShapeStudy, note: Callable[[str], None]) -> None:
         found = {"synthetic": True, "name": f"synthetic-{study.shape}"}
@@ -319,8 +329,11 @@ class Study:
             else:
                 found |= part()
                 note(f"{study.shape}: {name}, {self.clock() - start:.1f} s.")
-            self.log.write(self.document)
-            self.markdown.write_text(as_markdown(self.document), encoding="utf-8")
+            self._write()
+
+    def _write(self) -> None:
+        self.log.write(self.document)
+        self.markdown.write_text(as_markdown(self.document), encoding="utf-8")
 
     @property
     def markdown(self) -> Path:
@@ -359,8 +372,8 @@ SPEED_COLUMNS = (
     "speed-up",
     "ideal",
     "of ideal",
-    "peak GB",
 )
+COST_COLUMNS = ("synthetic model", "strategy", "first token, ms", "peak memory, GB", "preparing, s")
 BATCH_COLUMNS = ("synthetic model", "batch", *(f"`{name}` tokens/s" for name in OWN), "speed-up", "accepted")
 
 
@@ -370,7 +383,6 @@ def speed_grid(shapes: dict[str, Figures]) -> Grid:
     for found in shapes.values():
         for name, one in found.get("strategies", {}).items():
             drafts = one["num_speculations"] is not None
-            peak = found.get("peak_bytes", {}).get(name)
             rows.append(
                 (
                     found["name"],
@@ -383,10 +395,21 @@ def speed_grid(shapes: dict[str, Figures]) -> Grid:
                     styled(one["decode_speedup"], "{:.2f}"),
                     styled(one["ideal_speedup"], "{:.2f}"),
                     styled(one["ideal_share"], "{:.1%}"),
-                    styled(peak, "{:.2f}", 1e-9),
                 )
             )
     return Grid(SPEED_COLUMNS, rows, num_names=2)
+
+
+def cost_grid(shapes: dict[str, Figures]) -> Grid:
+    """What stands beside the speed at batch 1: a row for each shape and strategy."""
+    rows = []
+    for found in shapes.values():
+        for name, one in found.get("strategies", {}).items():
+            peak = found.get("peak_bytes", {}).get(name)
+            first, preparing = one["mean_first_token_seconds"], one["preparing_seconds"]
+            figures = styled(first, "{:.1f}", 1e3), styled(peak, "{:.2f}", 1e-9), styled(preparing, "{:.1f}")
+            rows.append((found["name"], f"`{name}`", *figures))
+    return Grid(COST_COLUMNS, rows, num_names=2)
 
 
 def batch_grid(shapes: dict[str, Figures]) -> Grid:
@@ -404,7 +427,7 @@ def batch_grid(shapes: dict[str, Figures]) -> Grid:
 
 def grids(shapes: dict[str, Figures]) -> list[Grid]:
     """The tables that have rows."""
-    return [grid for grid in (speed_grid(shapes), batch_grid(shapes)) if grid.rows]
+    return [grid for grid in (speed_grid(shapes), cost_grid(shapes), batch_grid(shapes)) if grid.rows]
 
 
 def as_markdown(document: Figures) -> str:
@@ -417,7 +440,8 @@ def as_markdown(document: Figures) -> str:
         f"transformers {machine['versions']['transformers']}, {machine['date'][:10]}, commit {machine['commit']}. "
         f"Greedy, {document['arguments']['max_steps']} new tokens; speed-up and ideal are over `autoregressive`.\n"
     )
-    parts = [head, *(grid.markdown() for grid in grids(document["shapes"]))]
+    caveat = [f"{machine['caveat']}\n"] if "caveat" in machine else []
+    parts = [head, *caveat, *(grid.markdown() for grid in grids(document["shapes"]))]
     if document["skipped"]:
         parts.append(f"Skipped for want of time: {'; '.join(document['skipped'])}.\n")
     return "\n".join(parts)

@@ -26,10 +26,11 @@ from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.decoding.adaptive_step import AdaptiveStep
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, HuggingfaceLlamaGenerator
-from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.loading import ModelArguments, advice_for
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
@@ -130,7 +131,7 @@ def main() -> None:
     if config.generation_strategy != "adaptive":
         raise ValueError(f"--generation_strategy must be adaptive, not {config.generation_strategy!r}.")
     examples = read_examples(dataset, config.seed)
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     filled = fill_in(config.generation(), advice_for(model, dataset.dataset))
     strategy = AdaptiveStrategy(model)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy)

@@ -35,13 +35,15 @@ from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.decoding.cell import Cell
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
-from self_speculation.loading import ModelArguments, Recommendation, advice_for, load
+from self_speculation.loading import ModelArguments, Recommendation, advice_for
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.measurements import Measurement, Round
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
@@ -93,15 +95,17 @@ def main() -> None:
         StreamsArguments, ModelArguments, StreamsConfig, OutputArguments, description=__doc__
     )
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     line_up = LineUp(model, tokenizer, config.generation(policy_memory="run"), advice_for(model))
     prompts = {name: read_prompts(name, arguments, line_up) for name in STREAMS}
     log = RunLog(Path(output.output_dir), "streams")
     log.begin(by_flag(*groups), resume=False)
+    others = OtherWork(model.device)
     rounds = measure(line_up.contestants(arguments), prompts, arguments.repeats, log)
+    others.end()
     rows = [row for stream in [*STREAMS, ALL] for row in figures(stream, rounds)]
-    found = {"surroundings": surroundings(model.device) | {"dtype": str(model.dtype)}, "rows": rows}
-    log.write(found | {"arguments": by_flag(*groups)})
+    surrounding = surroundings(model.device) | {"dtype": str(model.dtype)} | others.as_json()
+    log.write({"surroundings": surrounding, "rows": rows, "arguments": by_flag(*groups)})
     Console(highlight=False).print(table(rows))
     print(verdict(rows))
     print(json.dumps({"streams": rounded(rows)}))

@@ -51,7 +51,8 @@ class LayerSkip:
         Raises:
             ValueError: no such model, no weights, no access, or a model that cannot exit early.
         """
-        own = {field.name for field in dataclasses.fields(loading.ModelArguments)}
+        # Threads are the whole process's: whoever writes Python has torch.set_num_threads.
+        own = {field.name for field in dataclasses.fields(loading.ModelArguments)} - {"num_threads"}
         given = {name: options.pop(name) for name in own & options.keys()}
         with python_errors():
             return cls(*loading.load(loading.ModelArguments(model=str(model), **given), **options))

@@ -16,6 +16,7 @@ from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.decoding.generation_defaults import check_defaults, ignore_defaults
 from self_speculation.families import another_family, choose_attention, is_decoder
 from self_speculation.masking import masked, without_secrets_of
+from self_speculation.model_arguments import AUTO
 from self_speculation.model_arguments import BUNDLED_CHECKPOINT as BUNDLED_CHECKPOINT
 from self_speculation.model_arguments import DTYPES as DTYPES
 from self_speculation.model_arguments import ModelArguments as ModelArguments
@@ -69,6 +70,8 @@ def load(arguments: ModelArguments, **options: Any) -> tuple[PreTrainedModel, Pr
     """
     options, device = _parse_model_args(arguments.model_args) | options, choose_device(arguments.device)
     _check_trust(arguments.model, options)
+    if arguments.num_threads is not None and arguments.num_threads != AUTO:
+        torch.set_num_threads(int(arguments.num_threads))
     source = checkpoint(arguments.model, options)
     try:
         if "dtype" not in options:

@@ -15,6 +15,8 @@ def bundled(name: str) -> Path:
 
 
 BUNDLED_CHECKPOINT = bundled("layerskip-python-6M")
+# Of `--num_threads`: what measures it, and more than any machine has.
+AUTO, MOST_THREADS = "auto", 4096
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -38,6 +40,12 @@ class ModelArguments(Settings):
         help="auto, float32, bfloat16, float16 or float64; auto is the checkpoint's own, but float32 on CPUs that are "
         "slow in 16 bits.",
     )
+    num_threads: str | None = setting(
+        None,
+        help="Threads that decode on the CPU; auto times a few passes of the model with 1, 2, 4 … all physical cores. "
+        "Default: torch's own number.",
+        is_rare=True,
+    )
     ignore_generation_config: bool = setting(
         default=False, help="Leave out its generation_config.json's changes of logits.", is_rare=True
     )
@@ -46,3 +54,6 @@ class ModelArguments(Settings):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        given = self.num_threads
+        if given is not None and given != AUTO and not (given.isdecimal() and 1 <= int(given) <= MOST_THREADS):
+            raise ValueError(f"--num_threads must be auto or a number from 1 to {MOST_THREADS}, not {given!r}.")

@@ -18,9 +18,10 @@ from self_speculation.commands.interactive import InterruptKey, KeepingStreamer
 from self_speculation.commands.typed_lines import KEYS
 from self_speculation.ending import Terminated
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
-from self_speculation.loading import Recommendation, advice_for, load
+from self_speculation.loading import Recommendation, advice_for
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.step_texts import Decode, step_texts
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.model_arguments import ModelArguments
 from self_speculation.settings import by_flag
 from self_speculation.speculative_streamer import PlainTextStreamer, SpeculativeTextStreamer, export_svg
@@ -51,7 +52,7 @@ def answer_all(
     """
     folder.mkdir(parents=True, exist_ok=True)
     note, complain = _note_on(Console(stderr=True)), _note_on(Console(file=errors))
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     advice = advice_for(model)
     config = fill_in(config, advice, RIVALS)
     strategy = make_strategy(model, config, RIVALS)

@@ -16,18 +16,20 @@ from self_speculation.commands.flag_files import save_settings
 from self_speculation.commands.flags import OutputArguments
 from self_speculation.commands.outputs import ends_with_totals
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import advice_for, load
+from self_speculation.loading import advice_for
 from self_speculation.measuring.benchmark import Benchmark, Scorer, score_code, score_text
 from self_speculation.measuring.ceiling import Ceiling
 from self_speculation.measuring.code_execution import best_isolation
 from self_speculation.measuring.figures import StrategyFigures, rounded
 from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.line_up import line_up
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.passes import TimePasses, measure_passes
 from self_speculation.measuring.probes import PROBES, Probes
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.tables import print_figures
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.model_arguments import ModelArguments
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.chat_template import as_chats
@@ -69,7 +71,7 @@ class Bench:
         if arguments.batch_size > 1:
             check_batches(config)
         examples = read_examples(dataset, config.seed)
-        model, tokenizer = load(self.model)
+        model, tokenizer = load_to_decode(self.model, config)
         examples = as_chats(examples, tokenizer, dataset.chat_template)
         advice = advice_for(model, dataset.dataset)
         contestants = line_up(model, tokenizer, of_each_strategy(config), advice)
@@ -85,14 +87,17 @@ class Bench:
             # A run that goes on has the settings that it began with.
             if not arguments.resume:
                 save_settings(folder / "benchmark_settings.json", *self.groups)
+            others = OtherWork(model.device, note)
             ceiling = Ceiling.measure(model, probes)
             note(ceiling.sentence)
         benchmark.run(arguments.repeats, arguments.verbose)
         if ranks.is_main_process:
+            others.end()
             judge = benchmark.judge() if arguments.judge else None
             figures = benchmark.results(ceiling, scorers(arguments.score_text, isolation), judge)
             prompts = {"samples": len(examples), "shortened": num_shortened, "most_tokens": limit.most}
             found = benchmark.document(ceiling, figures, isolation)
+            found["surroundings"] |= others.as_json()
             log.write(found | {"arguments": self.settings, "prompts": prompts})
             self.report(figures)
             if self.output.log:

@@ -16,9 +16,10 @@ from self_speculation.commands.flags import OutputArguments
 from self_speculation.commands.outputs import UNFINISHED, results_folder
 from self_speculation.ending import Terminated
 from self_speculation.generator_base import check_exit_layer
-from self_speculation.loading import advice_for, load
+from self_speculation.loading import advice_for
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport, EquivalenceCheck
 from self_speculation.measuring.tables import plain_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.model_arguments import ModelArguments
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.chat_template import as_chats
@@ -52,7 +53,7 @@ def _checked(
     """The check once it is done and written, and the tokenizer to tell of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     examples = read_examples(dataset, config.seed)
-    model, tokenizer = load(model_arguments)
+    model, tokenizer = load_to_decode(model_arguments, config)
     examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     most_ties = 0.0 if config.exact else MOST_TIES.get(model.dtype, 1.0)

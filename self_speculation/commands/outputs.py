@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +30,16 @@ def results_folder(output: OutputArguments) -> Iterator[Path]:
             except (KeyboardInterrupt, Terminated) as error:
                 error.add_note("With --no_log nothing is kept.")
                 raise
+
+
+@contextmanager
+def notes(output: OutputArguments) -> Iterator[None]:
+    """What is printed in here are notes: with --quiet they are not."""
+    if not output.quiet:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Literal
 from transformers.utils.import_utils import is_serve_available
 
 from self_speculation.commands.flags import DraftArguments, parse
+from self_speculation.decoding.config import GenerationConfig
 from self_speculation.ending import one_sentence_errors
 from self_speculation.model_arguments import ModelArguments
 from self_speculation.settings import Settings, setting
@@ -38,14 +39,14 @@ def main() -> None:
     if not is_serve_available():
         raise ValueError("layerskip serve needs fastapi, uvicorn and openai: pip install 'layerskip[serve]'.")
     # They import torch, which the flags do without.
-    from self_speculation.loading import load
+    from self_speculation.measuring.threads import load_to_decode
     from self_speculation.server import OneModel, application, listening, serve
     from self_speculation.transformers_generate import install
 
     given = Path(model_arguments.model)
     name = arguments.name or (given.resolve().name if given.exists() else model_arguments.model)
     with listening(arguments.host, arguments.port) as listener:
-        model, tokenizer = load(model_arguments)
+        model, tokenizer = load_to_decode(model_arguments, GenerationConfig(compile=arguments.compile))
         drafting = {"exit_layer": drafts.exit_layer, "num_speculations": drafts.num_speculations}
         install(model, compile=arguments.compile, **drafting)
         host, port = listener.getsockname()[:2]

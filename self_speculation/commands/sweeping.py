@@ -14,11 +14,13 @@ from self_speculation.commands.flag_files import save_settings
 from self_speculation.commands.flags import OutputArguments
 from self_speculation.commands.outputs import results_folder
 from self_speculation.decoding.cell import Cell
-from self_speculation.loading import RECOMMENDATION_FILE, load
+from self_speculation.loading import RECOMMENDATION_FILE
+from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
 from self_speculation.measuring.surroundings import surroundings
 from self_speculation.measuring.sweep import Findings, Sweep, search
 from self_speculation.measuring.tables import finalist_table
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.model_arguments import ModelArguments
 from self_speculation.prompts.arguments import DatasetArguments
 from self_speculation.prompts.chat_template import as_chats
@@ -46,7 +48,7 @@ def look_for_the_best(
         raise ValueError(f"--save True: --model {model_arguments.model} is not a folder, in which to keep a choice.")
     with results_folder(output) as folder:
         examples = read_examples(dataset, config.seed)
-        model, tokenizer = load(model_arguments)
+        model, tokenizer = load_to_decode(model_arguments, config)
         examples = as_chats(examples, tokenizer, dataset.chat_template)
         cells = arguments.cells(model.config.num_hidden_layers)
         limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
@@ -58,8 +60,10 @@ def look_for_the_best(
         # A run that goes on has the settings that it began with.
         if not arguments.resume:
             save_settings(folder / "sweep_settings.json", *groups)
+        others = OtherWork(model.device)
         found = search(sweep, cells, log, arguments.plan())
-        surrounding = surroundings(model.device) | {"dtype": str(model.dtype)}
+        others.end()
+        surrounding = surroundings(model.device) | {"dtype": str(model.dtype)} | others.as_json()
         log.write({"arguments": settings, "surroundings": surrounding} | found.document())
         pictures = found.save_pictures(folder) if output.log else []
     Console(highlight=False).print(finalist_table(found.final))

@@ -47,8 +47,23 @@ class RunArguments(Settings):
     recommend_tokens: int = setting(64, at_least=1, help="Tokens of each answer to them.", is_rare=True)
 
 
+@dataclass
+class TellingArguments(Settings):
+    """What is kept of a run, and what is said."""
+
+    log: bool = setting(
+        True, help="Write to --output_dir; with --no_log nothing is kept, and the figures are all.", is_rare=True
+    )
+    quiet: bool = setting(False, help="Figures alone: no progress, and no notes beside them.", is_rare=True)
+    json: bool = setting(
+        False,
+        help="End standard output with the figures as a line of JSON, as it does where that is no terminal.",
+        is_rare=True,
+    )
+
+
 # The flags, in the order in which training takes them; those of `rare_groups` come last.
-GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments)
+GROUPS = (RunArguments, TextArguments, TrainedModelArguments, LayerSkipArguments, TellingArguments)
 
 
 def rare_groups() -> tuple[type, ...]:

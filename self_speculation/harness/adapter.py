@@ -47,11 +47,12 @@ from self_speculation.harness.model_args import read_model_args, take
 from self_speculation.harness.processes import num_processes, process_device
 from self_speculation.harness.scored_requests import Request, batches, share_texts
 from self_speculation.harness.speed_figures import SpeedFigures
-from self_speculation.loading import ModelArguments, advice_for, load
+from self_speculation.loading import ModelArguments, advice_for
 from self_speculation.log_levels import logging_at
 from self_speculation.measuring.judge import Judge
 from self_speculation.measuring.measurements import BATCHES_A_LIST
 from self_speculation.measuring.rivals import RIVALS
+from self_speculation.measuring.threads import load_to_decode
 from self_speculation.rendezvous import all_present
 from self_speculation.strategies import fill_in, make_strategy
 
@@ -113,7 +114,7 @@ class LayerSkipLM(HFLM):
         `loading` has arguments of `from_pretrained` beside those of `model_arguments`, `options` lm-eval's own.
         """
         device = process_device(model_arguments.device)
-        model, tokenizer = load(replace(model_arguments, device=device), **loading)
+        model, tokenizer = load_to_decode(replace(model_arguments, device=device), config, **loading)
         advice = advice_for(model)
         return cls(model, tokenizer, fill_in(config, advice, RIVALS), **options)
 

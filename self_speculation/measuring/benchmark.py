@@ -17,7 +17,7 @@ from self_speculation.decoding.cell import Cell
 from self_speculation.measuring.ceiling import Ceiling, ideal_speedup
 from self_speculation.measuring.choices import choices
 from self_speculation.measuring.code_execution import Sandbox, completion, pass_at_1, program
-from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.contestants import Contestant, WarmUp, interleaved
 from self_speculation.measuring.figures import Comparison, Counts, StrategyFigures, measured_steps
 from self_speculation.measuring.isolation import Isolation
 from self_speculation.measuring.judge import Judge
@@ -51,6 +51,7 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         self.ranks = PartialState()
+        self.warm_ups: dict[str, WarmUp] = {}
         generator = next(iter(self.contestants.values())).generator
         self.model = generator.model
         self.prompts = [generator.encode(example.prompt) for example in self.examples]
@@ -69,8 +70,10 @@ class Benchmark:
         """Measure what the log does not have yet; samples are lines as soon as all strategies have answered them."""
         todo = self._todo(repeats)
         for batch_size in {min(len(samples), self.batch_size): None for _, samples in todo}:
-            for contestant in self.contestants.values():
-                contestant.warm_up([max(self.prompts, key=len)] * batch_size)
+            for name, contestant in self.contestants.items():
+                found = contestant.warm_up([max(self.prompts, key=len)] * batch_size)
+                # A list that is left over and shorter finds much of it made.
+                self.warm_ups.setdefault(name, found)
         unit = "sample" if self.batch_size == 1 else "list"
         with tqdm(todo, desc="Measuring", unit=unit, disable=not self.ranks.is_main_process) as progress:
             live = {name: Round(list_size=self.list_size) for name in self.contestants}
@@ -107,15 +110,17 @@ class Benchmark:
         baseline = next((name for name in BASELINES if name in rounds), next(iter(rounds)))
         figures = {}
         for name, own in rounds.items():
-            contestant = self.contestants[name]
+            contestant, comparison = self.contestants[name], Comparison.of(own, rounds[baseline])
+            warm_up = self.warm_ups.get(name)
             texts = [m.text for m in own[0].measurements]
             is_whole = contestant.num_layers == self.model.config.num_hidden_layers
             figures[name] = StrategyFigures(
-                comparison=Comparison.of(own, rounds[baseline]),
+                comparison=comparison,
                 speedup_over=baseline,
                 exit_layer=contestant.config.exit_layer,
                 num_speculations=contestant.config.num_speculations,
                 peak_memory_bytes=peaks[name],
+                preparing_seconds=warm_up.preparing_seconds(comparison.totals.times) if warm_up else None,
                 bandwidth_share=ceiling.share(own, contestant),
                 ideal_decode_speedup=ideals.get(name),
                 scores={key: value for score in scorers for key, value in score(texts, self.examples).items()},

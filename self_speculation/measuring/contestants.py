@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,12 +12,26 @@ import torch
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.measuring.figures import Times
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import PROBES, Probes
 
 Name = TypeVar("Name")
 
 WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Answers that do not count: the seconds until they were there, and the tokens of the longest."""
+
+    seconds: float
+    tokens: int
+
+    def preparing_seconds(self, times: Times) -> float:
+        """What they took more than as many tokens take later: building, compiling, loading."""
+        answering = times.mean_first_token_seconds + max(self.tokens - 1, 0) * times.decode_seconds_per_token
+        return max(self.seconds - answering, 0.0)
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,14 @@ class Contestant:
         results = self.generator.generate(prompts, self.config, batch_size=self.batch_size)
         return [Measurement.of(result) for result in results]
 
-    def warm_up(self, prompts: list[list[int]], num_tokens: int = WARM_UP_TOKENS) -> None:
+    def warm_up(self, prompts: list[list[int]], num_tokens: int = WARM_UP_TOKENS) -> WarmUp:
         """Answers that no one counts: short ones, or whole ones where a longer answer would be compiled for anew."""
         most = self.config.max_new_tokens
         if not self.generator.strategy.warms_up_whole:
             most = min(most, num_tokens)
-        self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=most))
+        start = time.perf_counter()
+        results = self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=most))
+        return WarmUp(time.perf_counter() - start, max((len(result.tokens) for result in results), default=0))
 
     def peak_bytes(self, prompts: list[list[int]], probes: Probes = PROBES) -> int:
         """The most memory during a list's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""

@@ -229,6 +229,7 @@ def rounded(value: Any) -> Any:
 class StrategyFigures:
     """All that is known of a strategy. None where it does not apply, and then absent in files.
 
+    `preparing_seconds` are those before the first answer, for building and compiling, if it was measured here.
     `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow; `judged`, how many tokens are
     the full model's; `choices`, what its policy chose in all rounds.
     """
@@ -238,6 +239,7 @@ class StrategyFigures:
     exit_layer: int | None
     num_speculations: int | None
     peak_memory_bytes: int
+    preparing_seconds: float | None = None
     bandwidth_share: float | None = None
     ideal_decode_speedup: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
@@ -256,6 +258,7 @@ class StrategyFigures:
         return (
             self.comparison.totals.as_json()
             | {"peak_memory_bytes": self.peak_memory_bytes}
+            | ({} if self.preparing_seconds is None else {"preparing_seconds": self.preparing_seconds})
             | ({} if self.bandwidth_share is None else {"bandwidth_share": self.bandwidth_share})
             | {"speedup_over": self.speedup_over}
             | self.comparison.speedup.as_json()

@@ -75,6 +75,13 @@ def measure_passes(
     )
 
 
+@torch.inference_mode()
+def single_pass(model: PreTrainedModel, request: GenerationRequest) -> Callable[[], object]:
+    """The full model's pass over one token after the request's prompts, ready to run again and again."""
+    cell = Cell(model.config.num_hidden_layers, 0)
+    return _passes(_waiting_session(model, request, 0), [cell], request.config)[cell]
+
+
 def _waiting_session(model: PreTrainedModel, request: GenerationRequest, num_speculations: int) -> Session:
     """The prefilled prompts; they do not advance, so that what is timed always starts from the same tokens."""
     config = dataclasses.replace(

@@ -101,7 +101,8 @@ def read_benchmark(folder: Path, most_answers: int) -> Section | None:
     with understood(log, "benchmark"):
         first = [line for line in lines if line["repeat"] == 0][:most_answers]
         answers = [answer for line in first for answer in measured_answers(line)]
-    return Section("benchmark", "" if strategies else UNFINISHED, settings, tables, {}, answers)
+    summary = settings.get("caveat", "") if strategies else UNFINISHED
+    return Section("benchmark", summary, settings, tables, {}, answers)
 
 
 def read_sweep(folder: Path, most_answers: int) -> Section | None:
@@ -116,7 +117,7 @@ def read_sweep(folder: Path, most_answers: int) -> Section | None:
         summary = UNFINISHED
         if best is not None:
             summary = "The best cell: E={exit_layer}, d={num_speculations}, {speedup:.2f} × autoregressive decoding."
-            summary = summary.format(**best)
+            summary = " ".join(filter(None, [summary.format(**best), document.get("surroundings", {}).get("caveat")]))
         tables = [
             _folded(records_table(title, [_with_cell(one) for one in records], SPEED), is_folded)
             for title, records, is_folded in (

@@ -173,6 +173,7 @@ COST_COLUMNS: dict[str, Column] = {
     "ms/token": _time("decode_seconds_per_token", "{:.2f}", 1e3),
     "answer\nms": _time("mean_batch_seconds", "{:.0f}", 1e3),
     "peak\nMB": lambda figures: styled(figures.peak_memory_bytes, "{:.1f}", 1e-6),
+    "preparing\ns": lambda figures: styled(figures.preparing_seconds, "{:.1f}"),
     "share of\nbandwidth": lambda figures: styled(figures.bandwidth_share, "{:.1%}"),
     "share of\nideal": lambda figures: styled(figures.share_of_ideal, "{:.0%}"),
 }

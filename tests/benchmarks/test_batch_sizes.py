@@ -93,6 +93,7 @@ def test_every_size_answers_the_same_prompts(
     document = json.loads((logs / "batch_sizes.json").read_text())
     assert document["arguments"]["batch_sizes"] == SIZES
     assert document["surroundings"]["dtype"] == "torch.float64"
+    assert document["surroundings"]["busy_cores"] == {"before": 0, "during": 0}
     assert [str(cell["tokens_per_second"]) for cell in document["cells"]] == [row["tokens_per_second"] for row in table]
     assert len((logs / "batch_sizes.jsonl").read_text().splitlines()) == 2 * len(KEYS)
     pixels = imread(logs / "batch_sizes.png")

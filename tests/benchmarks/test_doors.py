@@ -15,7 +15,9 @@ def test_every_way_gives_the_same_texts(
     flags = ["--data_path", rows, "--num_samples", 2, "--max_steps", 5, "--repeats", 2]
     logs = tmp_path / "logs"
     assert run(doors.main, "--model", folder, *flags, "--exit_layer", 2, "--output_dir", logs) == 0
-    found = {row["way"]: row for row in json.loads((logs / "doors.json").read_text())["rows"]}
+    document = json.loads((logs / "doors.json").read_text())
+    assert document["surroundings"]["busy_cores"] == {"before": 0, "during": 0}
+    found = {row["way"]: row for row in document["rows"]}
     assert list(found) == [doors.OURS, doors.BEHIND, doors.PLAIN, doors.EARLY_EXIT]
     assert [row["unequal"] for row in found.values()] == [0] * 4
     assert found[doors.PLAIN]["speedup"] == 1

@@ -7,13 +7,16 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import hardware_limit
 from benchmarks.hardware_limit import OWN, LimitArguments, ReadShares, ShapeStudy, ideal_speedup
 from benchmarks.synthetic import Goal
 from self_speculation.ending import INTERRUPTED
+from self_speculation.measuring import other_work
 from self_speculation.measuring.ceiling import Memory, WeightBytes
+from self_speculation.measuring.other_work import CpuSeconds
 from self_speculation.measuring.probes import Probes
 
 TINY = ("--device", "cpu", "--dtype", "float32", "--shapes", "tiny", "--repeats", 1, "--num_prompts", 1)
@@ -103,9 +106,28 @@ def test_the_script_measures_every_strategy_and_batch(
     assert plain["bandwidth_share"] == pytest.approx(speed)
     assert plain["ideal_speedup"] is None
     tables = (tmp_path / "logs" / "hardware_limit.md").read_text()
-    assert tables.count("synthetic-tiny") == len(strategies) + 2
+    assert tables.count("synthetic-tiny") == 2 * len(strategies) + 2
+    [costs] = [line for line in tables.splitlines() if line.startswith("| synthetic-tiny | `hf_generate` | ")][1:]
+    one = strategies["hf_generate"]
+    shown = (1e3 * one["mean_first_token_seconds"], found["peak_bytes"]["hf_generate"] / 1e9, one["preparing_seconds"])
+    assert costs.endswith("| {:.1f} | {:.2f} | {:.1f} |".format(*shown))
     assert "Synthetic models" in tables
     assert "synthetic-tiny (random weights)" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_said_to_be_one(
+    run_limit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others take 3 cores; also where the time allows nothing more than to say so."""
+    readings = (CpuSeconds(second, 100 + 3 * second, 0) for second in range(3))
+    monkeypatch.setattr(other_work, "cpu_seconds", lambda: next(readings))
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    assert run_limit(*ALL, clock=count(step=3600).__next__) == 0
+    document = json.loads((tmp_path / "logs" / "hardware_limit.json").read_text())
+    assert document["surroundings"]["busy_cores"] == {"before": 3, "during": 3}
+    sentence = "3.0 of 4 cores: these times mean little.\n"
+    assert sentence in (tmp_path / "logs" / "hardware_limit.md").read_text()
+    assert capsys.readouterr().err.count(sentence) == 2
 
 
 def test_only_our_own_strategies_are_compiled_and_only_drafts_know_fewer_tokens() -> None:

@@ -39,7 +39,9 @@ def test_every_contestant_gives_the_same_answers(
     flags += ["--max_prompt_tokens", 60]
     logs = tmp_path / "logs"
     assert run(streams.main, "--model", folder, "--data_path", data, "--output_dir", logs, *flags) == 0
-    rows = json.loads((logs / "streams.json").read_text())["rows"]
+    document = json.loads((logs / "streams.json").read_text())
+    assert document["surroundings"]["busy_cores"] == {"before": 0, "during": 0}
+    rows = document["rows"]
     assert len(rows) == (len(ROWS) + 1) * (1 + 2 + 5)
     assert {row["unequal"] for row in rows} == {0}
     for stream in [*ROWS, streams.ALL]:

@@ -107,6 +107,7 @@ def keys_of(strategy: str) -> tuple[str, ...]:
         *(key for name in times for key in (name, f"{name}_spread")),
         *COUNTS,
         "peak_memory_bytes",
+        "preparing_seconds",
         "bandwidth_share",
         "speedup_over",
         "speedup",
@@ -326,7 +327,11 @@ def test_a_run_is_resumed(run_benchmark: Callable[..., dict[str, Any]], tmp_path
     assert untimed(lines_of(log)) == expected
     assert unchanging(resumed) == unchanging(figures)
     content = log.read_bytes()
-    assert unchanging(run_benchmark(*flags, "--resume", "True", "--verbose", "True")) == unchanging(figures)
+    again = run_benchmark(*flags, "--resume", "True", "--verbose", "True")
+    assert unchanging(again) == unchanging(figures)
+    # Nothing was left to be prepared for.
+    assert {"preparing_seconds" in own for own in figures.values()} == {True}
+    assert {"preparing_seconds" in own for own in again.values()} == {False}
     assert log.read_bytes() == content
     assert len(list(log.parent.iterdir())) == 3
 

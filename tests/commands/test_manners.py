@@ -8,16 +8,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from test_endings import Signalled, Terminal
 from test_scripts import PROMPT, QUICK
 
 from self_speculation.__main__ import VERBS
-from self_speculation.commands import benchmark, correctness, generate, sweep, typed_lines
+from self_speculation.commands import benchmark, correctness, generate, report, sweep, typed_lines
 from self_speculation.commands.flag_files import flags_in, save_settings
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments
+from self_speculation.measuring import other_work
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., int]
@@ -153,6 +155,44 @@ def test_a_terminal_gets_the_totals_when_they_are_asked_for(
             run(quick_benchmark, "--data_path", rows, "--num_samples", 1, "--score_text", "False", *SHORT, *flags) == 0
         )
         assert terminal.getvalue().splitlines()[-1].startswith('{"strategies":') == is_there
+
+
+@pytest.fixture
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others take 1.4 of two cores."""
+    readings = (other_work.CpuSeconds(second, 100 + 1.4 * second, 0.0) for second in range(100))
+    monkeypatch.setattr(other_work, "cpu_seconds", lambda: next(readings))
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+
+
+# Programs that measure, and what makes them quick.
+MEASURING = {
+    "benchmark": (quick_benchmark, ["--score_text", "False"]),
+    "sweep": (sweep.main, ["--exit_layer_last", 1, "--num_speculations_last", 1, "--repeats", 1]),
+}
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_a_busy_machine_is_said_to_be_one(
+    name: str,
+    busy_machine: None,
+    run: Run,
+    run_script: Run,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main, flags = MEASURING[name]
+    assert run(main, *flags, "--data_path", rows, "--num_samples", 1, *SHORT) == 0
+    said = capsys.readouterr().err
+    assert "Other processes take 1.4 of 2 cores: these times mean little.\n" in said
+    assert "While this was measured, other processes took 1.4 of 2 cores: these times mean little.\n" in said
+    document = json.loads((tmp_path / "logs" / f"{name}.json").read_text())
+    busy = document["surroundings"]["busy_cores"]
+    assert busy == {"before": pytest.approx(1.4), "during": pytest.approx(1.4)}
+    assert run_script(report.main, "--folder", tmp_path / "logs", "--output", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("Other processes took 1.4 of 2 cores: these times mean little.</p>") == 1
 
 
 def test_prompt_toolkit_edits_what_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:

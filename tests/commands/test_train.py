@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_endings import Terminal
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from self_speculation.commands import train
+from self_speculation.commands import train, training_run
 from self_speculation.decoding.draft_head import COUNTS_FILE
 from self_speculation.measuring.report_sources import read_sections
 from self_speculation.training.checkpoints import INCOMPLETE_FOLDER
@@ -87,7 +89,11 @@ def test_main_trains_resumes_and_writes_what_transformers_loads(
     assert said.count("{'loss': ") == 3
     settings = json.loads((output / "train_settings.json").read_text())
     assert settings.items() >= {"max_steps": 3, "save_steps": 2, "num_layers": 2}.items()
-    last_line = said.splitlines()[-1]
+    last_line, totals = said.splitlines()[-2:]
+    found = json.loads(totals)
+    assert [one["exit_layer"] for one in found["exits"]] == [1, 2]
+    assert found["exits"][1]["loss"] == pytest.approx(table["loss"][1], rel=1e-5)
+    assert found["recommended"].items() >= {name: advice[name] for name in ("exit_layer", "num_speculations")}.items()
     assert last_line.startswith(f"Loss {table['loss'][1]:.3f} (perplexity {table['perplexity'][1]:.2f}), agreement")
     assert f"exit layer 1 with {advice['num_speculations']} drafts recommended" in last_line
     assert last_line.endswith(f"; saved in {output}.")
@@ -114,7 +120,7 @@ def test_main_goes_on_from_a_model(run: Run, tmp_path: Path) -> None:
 
 def test_main_evaluates_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--save_strategy", "no") == 0
-    trained, said = pd.read_csv(tmp_path / "out" / "exits.csv"), capsys.readouterr().out.splitlines()[-1]
+    trained, said = pd.read_csv(tmp_path / "out" / "exits.csv"), capsys.readouterr().out
     flags = ["--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "scores"), "--do_eval", "True"]
     assert run(*flags) == 0
     scores = pd.read_csv(tmp_path / "scores" / "exits.csv")
@@ -122,10 +128,11 @@ def test_main_evaluates_alone(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     # The saved model is rounded to bfloat16.
     assert scores["loss"].tolist() == pytest.approx(trained["loss"].tolist(), rel=1e-2)
     assert {file.name for file in (tmp_path / "scores").iterdir()} == {"exits.csv", "exits.png"}
-    last_line = capsys.readouterr().out.splitlines()[-1]
+    last_line, totals = capsys.readouterr().out.splitlines()[-2:]
     assert last_line.startswith("Loss ")
-    assert "recommended" in said
+    assert said.count("recommended") == 2
     assert "recommended" not in last_line
+    assert json.loads(totals).keys() == {"exits"}
     # While training goes on, and then trains.
     (tmp_path / "out" / "model.safetensors").unlink()
     assert run("--do_eval", "True", "--do_train", "True", "--save_strategy", "no") == 0
@@ -307,6 +314,50 @@ def test_evaluation_sets_earlier_figures_aside(run: Run, tmp_path: Path) -> None
     }
 
 
+@pytest.mark.parametrize("flags", [[], ["--disable_tqdm", "True"]], ids=["bars", "no bars"])
+def test_nothing_is_written_and_nothing_said_beside_the_figures(
+    flags: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {*contents(tmp_path)}
+    assert run("--no_log", "--quiet", *flags) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    head, *rows, last_line, totals = said.out.splitlines()
+    assert head.split()[0] == "exit_layer"
+    assert [row.split()[0] for row in rows] == ["1", "2"]
+    assert last_line.startswith("Loss ")
+    assert "saved" not in last_line
+    assert json.loads(totals).keys() == {"exits", "recommended"}
+    written = {*contents(tmp_path)} - before
+    assert {Path(name).parts[0] for name in written} == {"tokens"}
+
+
+def test_a_terminal_gets_the_figures_as_json_when_they_are_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, flags in enumerate(([], ["--json"])):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert run("--no_log", "--recommend_samples", "0", *flags) == 0
+        assert terminal.getvalue().splitlines()[-1].startswith('{"exits":') == bool(number)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--resume_from_checkpoint True", "--load_best_model_at_end True --eval_strategy steps --eval_steps 2"]
+)
+def test_what_needs_checkpoints_is_refused_without_them(
+    flags: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--no_log", *flags.split()) == 2
+    said = f"error: --no_log keeps no checkpoints, and does not go with {flags.split()[0]}."
+    assert refusal(capsys) == said
+
+
+def test_several_processes_need_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"^--no_log takes one process"):
+        training_run.keep_nothing(TrainingArguments(str(tmp_path), use_cpu=True), tmp_path)
+
+
 def test_missing_data_path_is_named(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script(train.main) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -348,6 +399,15 @@ def test_a_signal_is_followed_by_a_checkpoint_of_the_running_step(
     assert run(*flags) == 0
     for name in ("model.safetensors", "checkpoint-5/model.safetensors", "checkpoint-5/optimizer.pt"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_an_interrupted_run_that_is_not_kept_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signalling(monkeypatch, signal.SIGINT, step=2)
+    assert run("--no_log") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted. With --no_log nothing is kept."
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_signal_counts_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

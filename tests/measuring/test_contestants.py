@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import Recommendation
-from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.contestants import Contestant, WarmUp, interleaved
+from self_speculation.measuring.figures import Times
 from self_speculation.measuring.line_up import line_up, make_contestant
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import Probes
@@ -60,10 +61,27 @@ def test_a_warm_up_is_short_and_changes_nothing(model: LlamaForCausalLM, tokeniz
     contestant = contestants_of(model, tokenizer)["self_speculative"]
     passes: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda *_: passes.append(1))
-    contestant.warm_up([[0, 5, 6]], num_tokens=3)
+    found = contestant.warm_up([[0, 5, 6]], num_tokens=3)
     handle.remove()
     assert 0 < len(passes) <= 3 * 3
+    assert found.tokens == 3
+    assert found.seconds > 0
+    assert contestant.warm_up([]).tokens == 0
     assert contestant.config.max_new_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tokens", "preparing"),
+    # The first token takes 0.5 s later, and the others 0.1 s each.
+    [(3.4, 10, 2.0), (2.5, 1, 2.0), (2.5, 0, 2.0), (1.0, 10, 0.0)],
+)
+def test_preparing_is_what_the_first_answer_takes_more_than_later_ones(
+    seconds: float, tokens: int, preparing: float
+) -> None:
+    names = (field.name for field in dataclasses.fields(Times))
+    own = {"mean_first_token_seconds": 0.5, "decode_seconds_per_token": 0.1}
+    times = Times(**dict.fromkeys(names, 9.0) | own)
+    assert WarmUp(seconds, tokens).preparing_seconds(times) == pytest.approx(preparing)
 
 
 @pytest.mark.parametrize(("is_whole", "num_tokens"), [(False, 3), (True, 8)])
