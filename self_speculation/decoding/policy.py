@@ -22,8 +22,10 @@ from self_speculation.decoding.lookup import NOTHING, FreeDraft
 # How much an earlier draft counts for each that came after it, and for each step without any at its exit: what was
 # learnt long ago says little, though as much as so many drafts.
 MEMORY, LEAST_KEPT = 0.98, 6.0
-# The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth.
+# The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth;
+# how many one is worth that was measured.
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
+MEASURED_DRAFTS = 10.0
 # The same for drafts that cost nothing, by the least length of their match.
 PRIOR_OF_FREE = {3: 0.4, 5: 0.6, 9: 0.8}
 # A cell is left only for one that is better by this factor.
@@ -36,16 +38,20 @@ MOST_LOST = 0.016
 
 @dataclass
 class Acceptance:
-    """What is known of an exit's drafts: accepted ones and those at which a draft ended, both forgotten slowly."""
+    """What is known of an exit's drafts: accepted ones and those at which a draft ended, both forgotten slowly.
+
+    `weight` is how many drafts the prior is worth.
+    """
 
     prior: float = PRIOR_OF_OTHERS
     accepted: float = 0.0
     stopped: float = 0.0
+    weight: float = PRIOR_DRAFTS
 
     @property
     def rate(self) -> float:
         """α, with a prior, so that it is a number from the beginning."""
-        return (self.accepted + self.prior * PRIOR_DRAFTS) / (self.accepted + self.stopped + PRIOR_DRAFTS)
+        return (self.accepted + self.prior * self.weight) / (self.accepted + self.stopped + self.weight)
 
     def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
         """A row's drafts in one step, after so many steps that had none."""
@@ -107,7 +113,7 @@ class Policy:
             gratis = self._best_at(FREE, num_free, self._known_of(free).rate)
             if gratis.tokens_per_second > best.tokens_per_second:
                 return gratis.cell
-        return self._trial(best) if most_drafts else best.cell
+        return self._trial(best) if most_drafts >= self._shortest else best.cell
 
     def _best(self, most_drafts: int) -> "Expected":
         """The best of the exits' own cells; the current one, where that is as good."""
@@ -166,12 +172,17 @@ class Policy:
 
     @cached_property
     def _trials(self) -> dict[int, list[Cell]]:
-        """By the exit that drafts, FREE where none does: a draft of one token at each of the others."""
+        """By the exit that drafts, FREE where none does: the shortest draft at each of the others."""
         exits = [exit_layer for exit_layer in self._menu if exit_layer != FREE]
         return {
-            drafting: [Cell(exit_layer, 1) for exit_layer in exits if exit_layer != drafting]
+            drafting: [Cell(exit_layer, self._shortest) for exit_layer in exits if exit_layer != drafting]
             for drafting in (FREE, *exits)
         }
+
+    @cached_property
+    def _shortest(self) -> int:
+        """The menu's shortest draft of an exit."""
+        return min(cell.num_speculations for cell in self.seconds if cell.exit_layer != FREE and cell.num_speculations)
 
     @cached_property
     def _longest(self) -> int:
@@ -190,7 +201,7 @@ class Policy:
         return Expected(best, most / (1 - alpha))
 
     def _trial(self, best: "Expected") -> Cell:
-        """A draft of one token at another exit, or at any where nothing is drafted, if it may be lost."""
+        """A shortest draft at another exit, or at any where nothing is drafted, if it may be lost."""
         trials = self._trials[best.cell.exit_layer if best.cell.num_speculations else FREE]
         if not trials:
             return best.cell
