@@ -165,6 +165,19 @@ def test_the_case_with_most_conditions_is_taken(
     [
         ({"draft_vocab": 301}, "layerskip.json: draft_vocab must be a whole number from 1 to 300, not 301"),
         ({"draft_vocab": "all"}, "layerskip.json: draft_vocab must be a whole number"),
+        ({"exit_layers": []}, "layerskip.json: exit_layers must be a list of whole numbers from 1 to 6, not []"),
+        (
+            {"exit_layers": [2, 7]},
+            "layerskip.json: exit_layers must be a list of whole numbers from 1 to 6, not [2, 7]",
+        ),
+        ({"exit_layers": 3}, "layerskip.json: exit_layers must be a list"),
+        ({"draft_lengths": [0]}, "draft_lengths must be a list of whole numbers from 0 to 1000, one of them above 0"),
+        ({"draft_lengths": [1, True]}, "layerskip.json: draft_lengths must be a list"),
+        ({"draft_lengths": "1,2"}, "layerskip.json: draft_lengths must be a list"),
+        ({"acceptance": {"3": 1.5}}, "acceptance must be an object of shares from 0 to 1 by exit layers from 1 to 6"),
+        ({"acceptance": {"7": 0.5}}, "not {'7': 0.5}"),
+        ({"acceptance": [0.5]}, "layerskip.json: acceptance must be an object"),
+        ({"cases": [{"task": "x", "exit_layer": 1, "num_speculations": 1, "exit_layers": [0]}]}, "case 1: exit_layers"),
         ({"cases": {}}, "layerskip.json: cases must be a list"),
         ({"cases": [3]}, "layerskip.json: case 1: not an object"),
         ({"cases": [{"task": "x", "exit_layer": 1}]}, "case 1: not an object with exit_layer and num_speculations"),
@@ -190,6 +203,21 @@ def test_a_recommendation_depends_on_how_the_model_was_loaded(folder: Path) -> N
         filled = with_fixed_drafts(fill_in(GenerationConfig(generation_strategy="self_speculative"), advice), advice)
         assert (filled.exit_layer, filled.num_speculations, filled.draft_vocab) == expected
         assert fill_in(GenerationConfig(), advice_for(model)).draft_vocab is None
+
+
+def test_a_recommendation_has_what_to_choose_from(tmp_path: Path) -> None:
+    """A case stands for itself; what is written is what was read."""
+    said = {"exit_layers": [4, 2], "draft_lengths": [3], "acceptance": {"2": 1, "4": 0.5}, "draft_vocab": None}
+    case = {"task": "x", "exit_layer": 1, "num_speculations": 1, "draft_lengths": [0, 2]}
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES | said | {"cases": [case]}))
+    advice = read_recommendation(str(tmp_path), 6)
+    assert (advice.exit_layers, advice.draft_lengths, advice.acceptance) == ((2, 4), (0, 3), {2: 1.0, 4: 0.5})
+    (tmp_path / "layerskip.json").write_text(json.dumps(advice.as_json()))
+    assert read_recommendation(str(tmp_path), 6) == advice
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES | said | {"cases": [case]}))
+    advice = read_recommendation(str(tmp_path), 6, Use(task="x"))
+    assert (advice.exit_layers, advice.draft_lengths, advice.acceptance) == ((), (0, 2), {})
+    assert Recommendation(3, 6, "test").as_json() == {"exit_layer": 3, "num_speculations": 6}
 
 
 def test_a_recommendation_is_read_from_a_file_only(tmp_path: Path) -> None:
