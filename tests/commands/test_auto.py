@@ -11,6 +11,8 @@ import pytest
 
 from self_speculation.commands import benchmark, correctness, generate, sweep
 from self_speculation.commands.flags import parse
+from self_speculation.decoding.cell import Cell
+from self_speculation.measuring.pass_costs import PassCosts
 from self_speculation.measuring.probes import Probes
 from self_speculation.settings import by_flag
 
@@ -88,11 +90,12 @@ def test_an_answer_tells_what_was_left_open(
 def test_a_benchmark_sets_what_is_fixed_against_what_is_chosen(
     run: Callable[..., int], rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data_path", rows, *SHORT, "--dtype", "float64", "--num_samples", 2, "--score_text", "False"]
+    flags = ["--data_path", rows, *SHORT, "--dtype", "float64", "--num_samples", 1, "--score_text", "False"]
+    costs = PassCosts({3: 1.0}, {Cell(3, 3): 2.0, Cell(6, 0): 2.0})
     strategies = ["--generation_strategy", "autoregressive", "self_speculative"]
 
     def figures(*given: object) -> dict[str, dict[str, Any]]:
-        assert run(partial(benchmark.main, QUICK), *flags, *given) == 0
+        assert run(partial(benchmark.main, QUICK, lambda *_: costs), *flags, *given) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])["strategies"]
 
     fixed = figures(*strategies, "adaptive", "--exit_layer", 3, "--num_speculations", 3)
@@ -126,11 +129,11 @@ def test_correctness_checks_what_generate_would_run(
         found = json.loads((tmp_path / "logs" / "correctness.json").read_text())["cells"]
         return [(cell["exit_layer"], cell["num_speculations"], cell["wrong"]) for cell in found]
 
-    assert cells() == [("auto", "auto", 0)]
     assert cells("--sample", "True") == [("auto", "auto", 0)]
     assert cells("--exit_layer", "1,5", "--num_speculations", "auto") == [(1, "auto", 0), (5, "auto", 0)]
+    floors = json.loads((tmp_path / "logs" / "correctness.json").read_text())["noise_floors"]
+    assert [floor["num_speculations"] for floor in floors] == [4]
     assert cells("--num_speculations", "0,3") == [("auto", 0, 0), ("auto", 3, 0)]
-    assert cells("--exit_layer", "1:2", "--num_speculations", 2) == [(1, 2, 0), (2, 2, 0)]
 
 
 def test_a_sweep_takes_auto_for_what_it_looks_for(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,22 +48,21 @@ def tokens_of(results: list[GenerationResult]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("given", "exits", "drafts"),
+    ("given", "sampling", "exits", "drafts"),
     [
-        ({}, {1, 2, 3}, {0, 1, 2, 3, 4, 6, 8}),
-        ({"exit_layer": 5}, {5}, {0, 1, 2, 3, 4, 6, 8}),
-        ({"num_speculations": 3}, {1, 2, 3}, {0, 3}),
-        ({"num_speculations": 1}, {1, 2, 3}, {0, 1}),
-        ({"exit_layer": 6, "num_speculations": None}, {6}, {0, 1, 2, 3, 4, 6, 8}),
+        ({}, SAMPLED, {1, 2, 3}, {0, 1, 2, 3, 4, 6, 8}),
+        ({"exit_layer": 5}, {}, {5}, {0, 1, 2, 3, 4, 6, 8}),
+        ({"num_speculations": 3}, SAMPLED, {1, 2, 3}, {0, 3}),
+        ({"num_speculations": 1}, {}, {1, 2, 3}, {0, 1}),
+        ({"exit_layer": 6}, {}, {6}, {0, 1, 2, 3, 4, 6, 8}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_what_is_given_stays(
-    given: dict[str, int | None],
+    given: dict[str, int],
+    sampling: dict[str, object],
     exits: set[int],
     drafts: set[int],
-    sampling: dict[str, object],
     make_model: MakeModel,
     decode: Callable[..., list[GenerationResult]],
 ) -> None:
