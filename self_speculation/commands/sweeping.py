@@ -121,7 +121,8 @@ def flags(arguments: Any) -> list[str]:
     """The flags of a dataclass that are not at their defaults."""
     words = []
     for item in dataclasses.fields(arguments):
-        value = shown(item, getattr(arguments, item.name))
+        value = getattr(arguments, item.name)
         if value != item.default:
+            value = shown(item, value)
             words += [f"--{flag_of(item)}", *map(str, value if isinstance(value, list) else [value])]
     return words
