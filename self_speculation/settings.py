@@ -81,7 +81,8 @@ def _check(flag: str, value: Any, limits: Limits) -> None:
     if value is None or limits.at_least is limits.at_most is None:
         return
     if not isinstance(value, int | float):
-        raise ValueError(f"--{flag} must be a number, not {value!r}.")
+        kind = f"a number or {AUTO}" if limits.or_auto else "a number"
+        raise ValueError(f"--{flag} must be {kind}, not {value!r}.")
     if limits.at_least is not None and not value >= limits.at_least:
         raise ValueError(f"--{flag} must be at least {limits.at_least}, not {value}.")
     if limits.at_most is not None and not value <= limits.at_most:

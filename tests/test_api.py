@@ -57,8 +57,8 @@ def test_ids_of_no_token_are_refused(token: object, model: LlamaForCausalLM, fol
         ({"stop_words": ["x", "y" * 10_001]}, "--stop_words must have at most 10000 characters each, not 10001"),
         ({"stop_words": "end"}, "--stop_words must be a list of strings, not 'end'"),
         ({"stop_words": [b"end"]}, "--stop_words must be a list of strings"),
-        ({"exit_layer": "9:2"}, "--exit_layer must be a number, not '9:2'"),
-        ({"num_speculations": [4]}, r"--num_speculations must be a number, not \[4\]"),
+        ({"exit_layer": "9:2"}, "--exit_layer must be a number or auto, not '9:2'"),
+        ({"num_speculations": [4]}, r"--num_speculations must be a number or auto, not \[4\]"),
         ({"max_new_tokens": "many"}, "--max_steps must be a number, not 'many'"),
     ],
 )
