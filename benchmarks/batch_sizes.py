@@ -34,7 +34,7 @@ from tqdm import tqdm
 from self_speculation.commands.flags import OutputArguments, parse
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
-from self_speculation.loading import ModelArguments, advice_for
+from self_speculation.loading import ModelArguments, Recommendation, advice_for
 from self_speculation.measuring.colours import line_style
 from self_speculation.measuring.contestants import Contestant, interleaved
 from self_speculation.measuring.equivalence import MOST_TIES, CellReport
@@ -52,6 +52,7 @@ from self_speculation.prompts.chat_template import as_chats
 from self_speculation.prompts.fitting import prompt_limit, shorten
 from self_speculation.prompts.sources import read_examples
 from self_speculation.settings import Settings, by_flag, setting
+from self_speculation.strategies import with_fixed_drafts
 
 STRATEGIES = ("autoregressive", "self_speculative")
 # The batch whose throughput over batch 1's is told at the end, if it was measured.
@@ -112,9 +113,9 @@ class BatchSizesConfig(GenerationConfig):
         if self.sample:
             raise ValueError("--sample must be False: sampled texts cannot be judged token by token.")
 
-    def of_both_strategies(self) -> dict[str, GenerationConfig]:
-        """Their configs; the exit layer and the draft length are for drafting."""
-        own = self.generation(generation_strategy="self_speculative")
+    def of_both_strategies(self, advice: Recommendation) -> dict[str, GenerationConfig]:
+        """Their configs; the exit layer and the draft length, one for all sizes, are for drafting."""
+        own = with_fixed_drafts(self.generation(generation_strategy="self_speculative"), advice)
         plain = dataclasses.replace(own, generation_strategy="autoregressive", exit_layer=None, num_speculations=None)
         return {one.generation_strategy: one for one in (plain, own)}
 
@@ -130,7 +131,7 @@ def main(kind: type[Contestant] = Contestant) -> None:
     model, tokenizer = load_to_decode(model_arguments, config)
     examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
-    contestants = line_up(model, tokenizer, config.of_both_strategies(), advice, kind)
+    contestants = line_up(model, tokenizer, config.of_both_strategies(advice), advice, kind)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     examples = shorten(examples, lambda text: len(tokenizer(text)["input_ids"]), limit)
     encode = contestants["autoregressive"].generator.encode

@@ -5,7 +5,8 @@ python benchmarks/doors.py --compile default --serve True
 The same prompts, greedily, in turns, in one process: `LayerSkip.generate`; transformers' `generate` with
 `custom_generate=layerskip_generate`; the same without it; and with transformers' own `assistant_early_exit`. With
 --serve also transformers' server, with our decoding behind it and without, each in a process of its own. Medians over
-the rounds, and a speed-up's least and greatest: over `generate`, or over the server alone.
+the rounds, and a speed-up's least and greatest: over `generate`, or over the server alone. All draft with one exit
+layer and draft length: those recommended, where none are given.
 
 Writes OUTPUT_DIR/doors.json. Texts that are not those of `LayerSkip.generate` are counted.
 """
@@ -33,7 +34,7 @@ from self_speculation.commands.flags import DraftArguments, OutputArguments, par
 from self_speculation.ending import one_sentence_errors
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.llm import LayerSkip
-from self_speculation.loading import advice_for
+from self_speculation.loading import Recommendation, advice_for
 from self_speculation.measuring.figures import rounded
 from self_speculation.measuring.other_work import OtherWork
 from self_speculation.measuring.run_log import RunLog
@@ -83,6 +84,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     config = GenerationConfig(compile=arguments.compile)
     llm = LayerSkip(*load_to_decode(model_arguments, config))
+    drafts = fixed(drafts, advice_for(llm.model))
     limit = prompt_limit(dataset, llm.model.config.max_position_embeddings, arguments.max_steps)
     examples = shorten(read_examples(dataset, 42), lambda text: len(llm.tokenizer(text)["input_ids"]), limit)
     prompts = [example.prompt for example in examples]
@@ -99,12 +101,15 @@ def main() -> None:
     print(json.dumps({"doors": rounded(rows)}))
 
 
+def fixed(drafts: DraftArguments, advice: Recommendation) -> DraftArguments:
+    """A number for each, what is recommended where none is given."""
+    recommended = {"exit_layer": advice.exit_layer, "num_speculations": advice.num_speculations}
+    return DraftArguments(**recommended | {name: own for name, own in vars(drafts).items() if own is not None})
+
+
 def in_process(llm: LayerSkip, arguments: DoorsArguments, drafts: DraftArguments) -> dict[str, Ask]:
     """The ways that need no server."""
-    advice = advice_for(llm.model)
-    exit_layer = drafts.exit_layer or advice.exit_layer
-    num_drafts = advice.num_speculations if drafts.num_speculations is None else drafts.num_speculations
-    own = {"exit_layer": exit_layer, "num_speculations": num_drafts, "compile": arguments.compile}
+    own = {"compile": arguments.compile, **vars(drafts)}
 
     def ours(prompt: str) -> tuple[str, float]:
         return llm.generate(prompt, max_new_tokens=arguments.max_steps, sample=False, **own), 0.0
@@ -120,7 +125,7 @@ def in_process(llm: LayerSkip, arguments: DoorsArguments, drafts: DraftArguments
 
         return ask
 
-    early_exit = {"assistant_early_exit": exit_layer, "num_assistant_tokens": num_drafts}
+    early_exit = {"assistant_early_exit": drafts.exit_layer, "num_assistant_tokens": drafts.num_speculations}
     return {
         OURS: ours,
         BEHIND: through_generate(custom_generate=layerskip_generate, **own),

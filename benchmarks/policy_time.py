@@ -132,8 +132,9 @@ def main() -> None:
         raise ValueError(f"--generation_strategy must be adaptive, not {config.generation_strategy!r}.")
     examples = read_examples(dataset, config.seed)
     model, tokenizer = load_to_decode(model_arguments, config)
-    filled = fill_in(config.generation(), advice_for(model, dataset.dataset))
-    strategy = AdaptiveStrategy(model)
+    advice = advice_for(model, dataset.dataset)
+    filled = fill_in(config.generation(), advice)
+    strategy = AdaptiveStrategy(model, advice=advice)
     generator = HuggingfaceLlamaGenerator(tokenizer, strategy)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, filled.max_new_tokens)
     prompts = [one.prompt for one in shorten(examples, generator.count_tokens, limit)]

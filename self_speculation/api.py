@@ -64,8 +64,8 @@ def generate(
         model: what `load` gave, as is `tokenizer`.
         prompts: one text for one result, or several for as many results.
         streamer: shows the answer to a single prompt while it grows.
-        settings: fields of `GenerationConfig`. The exit layer and the draft length that are not given are the
-            checkpoint's recommendation; `generation_strategy` may name another strategy.
+        settings: fields of `GenerationConfig`. The exit layer and the draft length that are not given, or `"auto"`, are
+            chosen at every step; `generation_strategy` may name another strategy.
 
     Raises:
         ValueError: a setting is out of its limits, or a prompt is empty or too long for the model.

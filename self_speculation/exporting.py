@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,8 +37,8 @@ tags: [layerskip, self-speculative-decoding, custom_generate]
 
 # {name}
 
-This model decodes self-speculatively (LayerSkip, arXiv 2404.16710): its first {exit_layer} layers of {num_layers} draft
-{num_speculations} tokens, and the others verify them. The output is that of the whole model.
+This model decodes self-speculatively (LayerSkip, arXiv 2404.16710): the first of its {num_layers} layers draft tokens,
+and the others verify them. The output is that of the whole model.
 
 It needs the package `layerskip`, and `trust_remote_code=True`, without which it is an ordinary model.
 
@@ -51,8 +51,9 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-Recommended (in `layerskip.json`): exit layer {exit_layer}, {num_speculations} drafts. `generate` takes others:
-`exit_layer=…, num_speculations=…`. `pipeline("text-generation", "{name}", trust_remote_code=True)` and
+How many layers draft, and how many tokens, is chosen at every step, beginning at exit layer {exit_layer}. `generate`
+takes numbers as well: `exit_layer=…, num_speculations=…`; recommended (in `layerskip.json`) are {exit_layer} and
+{num_speculations}. `pipeline("text-generation", "{name}", trust_remote_code=True)` and
 `transformers serve "{name}" --trust-remote-code` decode like this, too.
 """
 
@@ -74,13 +75,11 @@ class Export:
         if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise ValueError(f"--folder: {self.folder} is not an empty folder, and is kept as it is.")
 
-    def recommended(self, advice: Recommendation) -> dict[str, int]:
-        """E, d and the draft's vocabulary."""
-        chosen = {
-            "exit_layer": advice.exit_layer if self.exit_layer is None else self.exit_layer,
-            "num_speculations": advice.num_speculations if self.num_speculations is None else self.num_speculations,
-        }
-        return chosen if advice.draft_vocab is None else chosen | {"draft_vocab": advice.draft_vocab}
+    def recommended(self, advice: Recommendation) -> Recommendation:
+        """What is recommended already, with the E and d that are wanted."""
+        given = self.num_speculations
+        num_speculations = advice.num_speculations if given is None else given
+        return replace(advice, exit_layer=self.exit_layer or advice.exit_layer, num_speculations=num_speculations)
 
     @property
     def keeps_recommendation(self) -> bool:
@@ -95,9 +94,9 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: E
         ValueError: the model has no such exit.
     """
     recommended = wanted.recommended(advice_for(model))
-    check_exit_layer(recommended["exit_layer"], model)
+    check_exit_layer(recommended.exit_layer, model)
     given, counts = (file_beside(model.name_or_path or "", name) for name in (RECOMMENDATION_FILE, COUNTS_FILE))
-    text = json.dumps(recommended, indent=2) + "\n"
+    text = json.dumps(recommended.as_json(), indent=2) + "\n"
     if given is not None and wanted.keeps_recommendation:
         text = given.read_text(encoding="utf-8")
     with _whole_folder(wanted.folder) as beside:
@@ -108,8 +107,9 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: E
             shutil.copyfile(counts, beside / COUNTS_FILE)
         (beside / "custom_generate").mkdir()
         write_text(beside / "custom_generate" / "generate.py", GENERATE)
-        num_layers = model.config.num_hidden_layers
-        write_text(beside / "README.md", CARD.format(name=wanted.name, num_layers=num_layers, **recommended))
+        cell = {"exit_layer": recommended.exit_layer, "num_speculations": recommended.num_speculations}
+        numbers = cell | {"num_layers": model.config.num_hidden_layers}
+        write_text(beside / "README.md", CARD.format(name=wanted.name, **numbers))
 
 
 def push(folder: Path, repository: str) -> str:

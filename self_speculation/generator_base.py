@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -151,13 +151,16 @@ class GenerationStrategy(ABC):
     """A way of choosing the next tokens: writes `steps`, and nothing else.
 
     It declares what it takes, so that no client needs to know which one it has. `uses` names the settings of
-    `GenerationConfig` that a checkpoint may recommend to it. `takes_batches` and `takes_batched_processors`: whether it
-    answers several prompts at once, and whether logits processors may look at them. `keeps_batches_full`: whether a
-    prompt that waits takes the place of a row that has ended. `warms_up_whole`: whether only an answer of full length,
-    first, leaves nothing to be compiled later.
+    `GenerationConfig` that a checkpoint may recommend to it, `chooses` those of them that it chooses itself where they
+    are not given. `sampling` is its rule where none is asked for. `takes_batches` and `takes_batched_processors`:
+    whether it answers several prompts at once, and whether logits processors may look at them. `keeps_batches_full`:
+    whether a prompt that waits takes the place of a row that has ended. `warms_up_whole`: whether only an answer of
+    full length, first, leaves nothing to be compiled later.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()
+    chooses: ClassVar[tuple[str, ...]] = ()
+    sampling: ClassVar[Literal["leviathan", "coupled"]] = "leviathan"
     takes_batches: ClassVar[bool] = True
     takes_batched_processors: ClassVar[bool] = True
     keeps_batches_full: ClassVar[bool] = False
@@ -174,6 +177,10 @@ class GenerationStrategy(ABC):
     def num_layers(self, config: GenerationConfig) -> int:
         """How many layers choose the tokens: all, unless the strategy exits early without verification."""
         return self.model.config.num_hidden_layers
+
+    def drafting(self, config: GenerationConfig) -> dict[str, int | str | None]:
+        """E and d as results tell them: numbers, `auto` where they are chosen, None where there are none."""
+        return {"exit_layer": config.exit_layer, "num_speculations": config.num_speculations}
 
     @abstractmethod
     def steps(self, request: GenerationRequest) -> Iterator[GenerationStep]:

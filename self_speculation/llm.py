@@ -30,9 +30,9 @@ Streamer = StepStreamer | BaseStreamer | None
 class LayerSkip:
     """A model that answers prompts: whole, in pieces, or in its chat template.
 
-    Settings are the fields of `GenerationConfig`. The exit layer and the draft length that are not given are the
-    checkpoint's recommendation; `generation_strategy` may name another strategy. What was compiled for an answer is
-    kept for the next.
+    Settings are the fields of `GenerationConfig`. The exit layer and the draft length that are not given, or `"auto"`,
+    are chosen at every step; `generation_strategy` may name another strategy. What was compiled for an answer is kept
+    for the next.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -176,7 +176,7 @@ class LayerSkip:
                 return self._pieces(strategy, request, lending.pop_all())
 
     def config(self, **settings: Any) -> GenerationConfig:
-        """The settings, with those that the checkpoint recommends."""
+        """The settings, with what the strategy takes from the checkpoint's recommendation."""
         config = GenerationConfig(**{"generation_strategy": "self_speculative", **settings})
         return fill_in(config, loading.advice_for(self.model))
 

@@ -12,6 +12,8 @@ from typing import Any
 
 # torch, NumPy and iterators keep whole numbers in 64 bits, with a sign.
 MOST_WHOLE = 2**63 - 1
+# How a setting is written that is chosen where it is not given; in Python it is None.
+AUTO = "auto"
 # Files that whoever began the program has opened for it: a pipe, or a shell's <(command).
 OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/fd/", "/proc/self/fd/")
 
@@ -20,7 +22,8 @@ OPEN_FILES = ("/dev/stdin", "/dev/stdout", "/dev/fd/", "/proc/self/fd/")
 class Limits:
     """What a setting may be, besides None; the flag that sets it, where that is not the field's own name.
 
-    `masked` takes its secrets out, wherever it is shown. A setting that `is_rare` is left out of the shorter help.
+    `masked` takes its secrets out, wherever it is shown. A setting that `is_rare` is left out of the shorter help. One
+    that is `or_auto` may be written `auto`, which is None.
     """
 
     at_least: float | None = None
@@ -28,6 +31,7 @@ class Limits:
     flag: str | None = None
     masked: Callable[[str], str] | None = None
     is_rare: bool = False
+    or_auto: bool = False
 
 
 def setting(
@@ -64,6 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if limits_of(field).or_auto and getattr(self, field.name) == AUTO:
+                setattr(self, field.name, None)
             _check(flag_of(field), getattr(self, field.name), limits_of(field))
 
 
@@ -75,7 +81,8 @@ def _check(flag: str, value: Any, limits: Limits) -> None:
     if value is None or limits.at_least is limits.at_most is None:
         return
     if not isinstance(value, int | float):
-        raise ValueError(f"--{flag} must be a number, not {value!r}.")
+        kind = f"a number or {AUTO}" if limits.or_auto else "a number"
+        raise ValueError(f"--{flag} must be {kind}, not {value!r}.")
     if limits.at_least is not None and not value >= limits.at_least:
         raise ValueError(f"--{flag} must be at least {limits.at_least}, not {value}.")
     if limits.at_most is not None and not value <= limits.at_most:
@@ -83,9 +90,11 @@ def _check(flag: str, value: Any, limits: Limits) -> None:
 
 
 def shown(field: Field[Any], value: Any) -> Any:
-    """A field's value as files and terminals may have it: without secrets."""
-    masked = limits_of(field).masked
-    return value if masked is None or value is None else masked(value)
+    """A field's value as files and terminals may have it: without secrets, and `auto` where it is chosen."""
+    limits = limits_of(field)
+    if value is None:
+        return AUTO if limits.or_auto else None
+    return value if limits.masked is None else limits.masked(value)
 
 
 def by_flag(*groups: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ They differ in one thing, the plan: which layers draft how many tokens, and whic
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -102,7 +102,8 @@ class StepwiseStrategy(GenerationStrategy):
     def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
         """The step over rows for the request. Logits processors are Python, row by row, and not compiled."""
         config, kernels = request.config, self.kernels(request.config)
-        passes = EagerPasses(self.model, plan, verification_rule(config), request.all_processors(), kernels)
+        rule = verification_rule(config, self.sampling)
+        passes = EagerPasses(self.model, plan, rule, request.all_processors(), kernels)
         is_compiled = config.compile != "none" and isinstance(kernels, TorchKernels)
         if is_compiled and not passes.processors:
             return self.compiled_steps.get(request, passes)
@@ -131,9 +132,11 @@ class StepwiseStrategy(GenerationStrategy):
         return Rows.empty(cache, request.num_rows, request.config.sample)
 
 
-def verification_rule(config: GenerationConfig) -> VerificationRule:
-    """Greedy decoding, or sampling with the config's filters."""
+def verification_rule(
+    config: GenerationConfig, otherwise: Literal["leviathan", "coupled"] = "leviathan"
+) -> VerificationRule:
+    """Greedy decoding, or sampling with the config's filters; by the other rule where the config names none."""
     if not config.sample:
         return GreedyRule()
     filters = warpers(config.temperature, config.top_k, config.top_p)
-    return CoupledRule(filters) if config.sampling == "coupled" else SamplingRule(filters)
+    return CoupledRule(filters) if (config.sampling or otherwise) == "coupled" else SamplingRule(filters)

@@ -13,7 +13,7 @@ import copy
 import functools
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,15 +73,16 @@ def install(model: PreTrainedModel, **settings: Any) -> None:
     """
     check_supported(model)
     read_beside(model)
-    check_exit_layer(settings.get("exit_layer") or advice_for(model).exit_layer, model)
+    asked = GenerationConfig(exit_layer=settings.get("exit_layer")).exit_layer
+    check_exit_layer(asked or advice_for(model).exit_layer, model)
     vars(model)["generate"] = functools.partial(generate, model=model, **settings)
 
 
 def layerskip_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
-    exit_layer: int | None = None,
-    num_speculations: int | None = None,
+    exit_layer: int | Literal["auto"] | None = None,
+    num_speculations: int | Literal["auto"] | None = None,
     compile: str = "none",
     **prepared: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -94,7 +95,7 @@ def layerskip_generate(
     Args:
         model: a model that can exit early; its attention becomes `sdpa`.
         input_ids: prompts (B, T), padded on the left.
-        exit_layer: E, the layers that draft; by default the checkpoint's recommendation, as is d.
+        exit_layer: E, the layers that draft; by default `auto`, chosen at every step, as is d.
         num_speculations: d, the tokens drafted a step.
         compile: `none`, `default` or `max`, as the flag.
         prepared: what `generate` made of its other arguments.
@@ -163,7 +164,7 @@ class _Prepared:
             raise ValueError("position_ids must count each row's tokens from 0, its padding left out.")
 
     def config(self, **settings: Any) -> GenerationConfig:
-        """The same as settings of ours, with those that the checkpoint recommends."""
+        """The same as settings of ours, with what is taken from the checkpoint's recommendation."""
         most = self.criteria.max_length or self.model.config.max_position_embeddings
         config = GenerationConfig(
             generation_strategy="self_speculative",

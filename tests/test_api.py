@@ -57,8 +57,8 @@ def test_ids_of_no_token_are_refused(token: object, model: LlamaForCausalLM, fol
         ({"stop_words": ["x", "y" * 10_001]}, "--stop_words must have at most 10000 characters each, not 10001"),
         ({"stop_words": "end"}, "--stop_words must be a list of strings, not 'end'"),
         ({"stop_words": [b"end"]}, "--stop_words must be a list of strings"),
-        ({"exit_layer": "9:2"}, "--exit_layer must be a number, not '9:2'"),
-        ({"num_speculations": [4]}, r"--num_speculations must be a number, not \[4\]"),
+        ({"exit_layer": "9:2"}, "--exit_layer must be a number or auto, not '9:2'"),
+        ({"num_speculations": [4]}, r"--num_speculations must be a number or auto, not \[4\]"),
         ({"max_new_tokens": "many"}, "--max_steps must be a number, not 'many'"),
     ],
 )
@@ -68,12 +68,14 @@ def test_settings_of_another_kind_are_refused(settings: dict[str, object], sente
         GenerationConfig(**settings)
 
 
-def test_what_is_not_given_is_the_checkpoint_s_recommendation(folder: Path) -> None:
-    """A quarter of six layers is one, with four drafts; what is given stays."""
+def test_what_is_not_given_is_chosen(folder: Path) -> None:
+    """What is given stays."""
     model, tokenizer = load(folder, dtype="float64")
-    surely_rejected = generate(model, tokenizer, PROMPTS[0], max_new_tokens=5, sample=False)
-    assert max(len(step.drafted) for step in surely_rejected.steps) == 4
-    all_layers = generate(model, tokenizer, PROMPTS[0], max_new_tokens=6, sample=False, exit_layer=6)
+    chosen = generate(model, tokenizer, PROMPTS[0], max_new_tokens=6, sample=False)
+    assert all(step.cell is not None for step in chosen.steps)
+    given = {"exit_layer": 6, "num_speculations": 4}
+    all_layers = generate(model, tokenizer, PROMPTS[0], max_new_tokens=6, sample=False, **given)
+    assert chosen.tokens == all_layers.tokens
     assert [len(step.tokens) for step in all_layers.steps] == [5, 1]
     plain = generate(model, tokenizer, PROMPTS[0], max_new_tokens=5, generation_strategy="autoregressive")
     assert plain.num_drafted == 0

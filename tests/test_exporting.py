@@ -84,7 +84,8 @@ def test_the_recommendation_is_what_was_given_or_was_there(
     target = written("--exit_layer", 4, model=source)
     assert json.loads((target / "layerskip.json").read_text()) == {"exit_layer": 4, "num_speculations": 5}
     card = (target / "README.md").read_text()
-    assert "its first 4 layers of 6 draft\n5 tokens" in card
+    assert "the first of its 6 layers draft tokens" in card
+    assert "recommended (in `layerskip.json`) are 4 and\n5" in card
     assert 'from_pretrained("exported", trust_remote_code=True)' in card
 
 

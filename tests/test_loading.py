@@ -16,9 +16,9 @@ from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig
 from self_speculation.loading import ModelArguments, Recommendation, Use, advice_for, load, read_recommendation
 from self_speculation.measuring.rivals import RIVALS, HuggingfaceStaticStrategy
-from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.self_speculation_generator import AdaptiveStrategy, OpenStrategy, SelfSpeculativeStrategy
 from self_speculation.settings import by_flag
-from self_speculation.strategies import fill_in, make_strategy
+from self_speculation.strategies import fill_in, make_strategy, with_fixed_drafts
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,6 +165,19 @@ def test_the_case_with_most_conditions_is_taken(
     [
         ({"draft_vocab": 301}, "layerskip.json: draft_vocab must be a whole number from 1 to 300, not 301"),
         ({"draft_vocab": "all"}, "layerskip.json: draft_vocab must be a whole number"),
+        ({"exit_layers": []}, "layerskip.json: exit_layers must be a list of whole numbers from 1 to 6, not []"),
+        (
+            {"exit_layers": [2, 7]},
+            "layerskip.json: exit_layers must be a list of whole numbers from 1 to 6, not [2, 7]",
+        ),
+        ({"exit_layers": 3}, "layerskip.json: exit_layers must be a list"),
+        ({"draft_lengths": [0]}, "draft_lengths must be a list of whole numbers from 0 to 1000, one of them above 0"),
+        ({"draft_lengths": [1, True]}, "layerskip.json: draft_lengths must be a list"),
+        ({"draft_lengths": "1,2"}, "layerskip.json: draft_lengths must be a list"),
+        ({"acceptance": {"3": 1.5}}, "acceptance must be an object of shares from 0 to 1 by exit layers from 1 to 6"),
+        ({"acceptance": {"7": 0.5}}, "not {'7': 0.5}"),
+        ({"acceptance": [0.5]}, "layerskip.json: acceptance must be an object"),
+        ({"cases": [{"task": "x", "exit_layer": 1, "num_speculations": 1, "exit_layers": [0]}]}, "case 1: exit_layers"),
         ({"cases": {}}, "layerskip.json: cases must be a list"),
         ({"cases": [3]}, "layerskip.json: case 1: not an object"),
         ({"cases": [{"task": "x", "exit_layer": 1}]}, "case 1: not an object with exit_layer and num_speculations"),
@@ -186,9 +199,25 @@ def test_a_recommendation_depends_on_how_the_model_was_loaded(folder: Path) -> N
     (folder / "layerskip.json").write_text(json.dumps(CASES | {"cases": [case]}))
     for dtype, expected in (("bfloat16", (3, 5, 20)), ("float32", (2, 4, None))):
         model, _ = load(ModelArguments(model=str(folder), dtype=dtype, device="cpu"))
-        filled = fill_in(GenerationConfig(generation_strategy="self_speculative"), advice_for(model))
+        advice = advice_for(model)
+        filled = with_fixed_drafts(fill_in(GenerationConfig(generation_strategy="self_speculative"), advice), advice)
         assert (filled.exit_layer, filled.num_speculations, filled.draft_vocab) == expected
         assert fill_in(GenerationConfig(), advice_for(model)).draft_vocab is None
+
+
+def test_a_recommendation_has_what_to_choose_from(tmp_path: Path) -> None:
+    """A case stands for itself; what is written is what was read."""
+    said = {"exit_layers": [4, 2], "draft_lengths": [3], "acceptance": {"2": 1, "4": 0.5}, "draft_vocab": None}
+    case = {"task": "x", "exit_layer": 1, "num_speculations": 1, "draft_lengths": [0, 2]}
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES | said | {"cases": [case]}))
+    advice = read_recommendation(str(tmp_path), 6)
+    assert (advice.exit_layers, advice.draft_lengths, advice.acceptance) == ((2, 4), (0, 3), {2: 1.0, 4: 0.5})
+    (tmp_path / "layerskip.json").write_text(json.dumps(advice.as_json()))
+    assert read_recommendation(str(tmp_path), 6) == advice
+    (tmp_path / "layerskip.json").write_text(json.dumps(CASES | said | {"cases": [case]}))
+    advice = read_recommendation(str(tmp_path), 6, Use(task="x"))
+    assert (advice.exit_layers, advice.draft_lengths, advice.acceptance) == ((), (0, 2), {})
+    assert Recommendation(3, 6, "test").as_json() == {"exit_layer": 3, "num_speculations": 6}
 
 
 def test_a_recommendation_is_read_from_a_file_only(tmp_path: Path) -> None:
@@ -201,9 +230,13 @@ def test_a_recommendation_is_read_from_a_file_only(tmp_path: Path) -> None:
 def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
     advice = Recommendation(3, 6, "test")
     for strategy, given, expected in (
-        ("self_speculative", (None, None), (3, 6)),
-        ("self_speculative", (2, None), (2, 6)),
+        ("self_speculative", (None, None), (None, None)),
+        ("self_speculative", ("auto", "auto"), (None, None)),
+        ("self_speculative", (2, None), (2, None)),
+        ("self_speculative", (None, 4), (None, 4)),
         ("self_speculative", (None, 0), (3, 0)),
+        ("self_speculative", (2, 4), (2, 4)),
+        ("adaptive", (None, None), (None, None)),
         ("autoregressive", (None, None), (None, None)),
         ("autoregressive", (2, None), (2, None)),
         ("early_exit", (None, None), (3, None)),
@@ -213,15 +246,28 @@ def test_advice_fills_in_what_was_not_given_and_is_needed() -> None:
         config = GenerationConfig(generation_strategy=strategy, exit_layer=given[0], num_speculations=given[1])
         filled = fill_in(config, advice, RIVALS)
         assert (filled.exit_layer, filled.num_speculations) == expected
+        fixed = with_fixed_drafts(config, advice)
+        assert (fixed.exit_layer, fixed.num_speculations) == tuple(
+            value if isinstance(value, int) else other for value, other in zip(given, (3, 6), strict=True)
+        )
 
 
 def test_names_become_strategies(model: LlamaForCausalLM) -> None:
-    for strategy, exit_layer, kind in (
-        ("autoregressive", None, AutoregressiveStrategy),
-        ("autoregressive", 2, EarlyExitStrategy),
-        ("early_exit", 2, EarlyExitStrategy),
-        ("self_speculative", 2, SelfSpeculativeStrategy),
-        ("hf_static", None, HuggingfaceStaticStrategy),
+    for strategy, exit_layer, num_speculations, kind in (
+        ("autoregressive", None, None, AutoregressiveStrategy),
+        ("autoregressive", "auto", "auto", AutoregressiveStrategy),
+        ("autoregressive", 2, None, EarlyExitStrategy),
+        ("early_exit", 2, None, EarlyExitStrategy),
+        ("self_speculative", 2, 3, SelfSpeculativeStrategy),
+        ("self_speculative", 2, 0, SelfSpeculativeStrategy),
+        ("self_speculative", None, 0, SelfSpeculativeStrategy),
+        ("self_speculative", 2, None, OpenStrategy),
+        ("self_speculative", None, 3, OpenStrategy),
+        ("self_speculative", "auto", "auto", OpenStrategy),
+        ("adaptive", 2, 3, AdaptiveStrategy),
+        ("hf_static", None, None, HuggingfaceStaticStrategy),
     ):
-        config = GenerationConfig(generation_strategy=strategy, exit_layer=exit_layer)
+        config = GenerationConfig(
+            generation_strategy=strategy, exit_layer=exit_layer, num_speculations=num_speculations
+        )
         assert type(make_strategy(model, config, RIVALS)) is kind

@@ -17,7 +17,13 @@ from self_speculation.commands.flag_files import save_settings
 from self_speculation.commands.interactive import InterruptKey, KeepingStreamer
 from self_speculation.commands.typed_lines import KEYS
 from self_speculation.ending import Terminated
-from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator, StepStreamer
+from self_speculation.generator_base import (
+    GenerationConfig,
+    GenerationResult,
+    GenerationStrategy,
+    HuggingfaceLlamaGenerator,
+    StepStreamer,
+)
 from self_speculation.loading import Recommendation, advice_for
 from self_speculation.measuring.rivals import RIVALS
 from self_speculation.measuring.step_texts import Decode, step_texts
@@ -55,12 +61,12 @@ def answer_all(
     model, tokenizer = load_to_decode(model_arguments, config)
     advice = advice_for(model)
     config = fill_in(config, advice, RIVALS)
-    strategy = make_strategy(model, config, RIVALS)
-    note(describe(config, advice), style="dim")
+    strategy = make_strategy(model, config, RIVALS, advice)
+    note(describe(strategy, config, advice), style="dim")
     chat = Chat(tokenizer, strategy, config, arguments.system) if arguments.chats(tokenizer) else None
     generator = chat.generator if chat else HuggingfaceLlamaGenerator(tokenizer, strategy)
     respondent = Respondent(generator, chat.config if chat else config, make_streamer(arguments), chat)
-    log = AnswerLog.of(folder, model, by_flag(model_arguments, config))
+    log = AnswerLog.of(folder, model, by_flag(model_arguments, config) | strategy.drafting(config))
     if arguments.is_conversation:
         note("chat: what was said is remembered" if chat else "no chat: each prompt stands for itself", style="dim")
         note(HELP if chat else KEYS)
@@ -168,13 +174,14 @@ class AnswerLog:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def describe(config: GenerationConfig, advice: Recommendation) -> str:
+def describe(strategy: GenerationStrategy, config: GenerationConfig, advice: Recommendation) -> str:
     """The strategy and what it was told to do, in one line."""
+    told = strategy.drafting(config)
     parts = [config.generation_strategy]
-    if config.exit_layer is not None:
-        parts.append(f"exit layer {config.exit_layer}")
-    if config.num_speculations is not None:
-        parts.append(f"{config.num_speculations} drafts")
+    if told["exit_layer"] is not None:
+        parts.append(f"exit layer {told['exit_layer']}")
+    if told["num_speculations"] is not None:
+        parts.append(f"{told['num_speculations']} drafts")
     chosen = (config.exit_layer, config.num_speculations) == (advice.exit_layer, advice.num_speculations)
     return ", ".join(parts) + (f" ({advice.source})" if chosen else "")
 

@@ -1,5 +1,6 @@
 """Checking self-speculative decoding's answers, cell by cell, and a report of what was found."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -57,12 +58,12 @@ def _checked(
     examples = as_chats(examples, tokenizer, dataset.chat_template)
     advice = advice_for(model, dataset.dataset)
     most_ties = 0.0 if config.exact else MOST_TIES.get(model.dtype, 1.0)
-    cells = [
-        CellReport(check_exit_layer(exit_layer, model), num_speculations, most_ties)
-        for exit_layer in config.exit_layers or [advice.exit_layer]
-        for num_speculations in config.draft_lengths or [advice.num_speculations]
-    ]
-    check = EquivalenceCheck(model, tokenizer, config.generation(), cells)
+    exit_layers: list[int | None] = [check_exit_layer(exit_layer, model) for exit_layer in config.exit_layers]
+    draft_lengths: list[int | None] = [*config.draft_lengths]
+    # What is not given is chosen.
+    axes = itertools.product(exit_layers or [None], draft_lengths or [None])
+    cells = [CellReport(exit_layer, num_speculations, most_ties) for exit_layer, num_speculations in axes]
+    check = EquivalenceCheck(model, tokenizer, config.generation(), cells, advice)
     limit = prompt_limit(dataset, model.config.max_position_embeddings, config.max_new_tokens)
     prompts = [example.prompt for example in shorten(examples, check.baseline.count_tokens, limit)]
     settings = {"model": by_flag(model_arguments), "dataset": by_flag(dataset), "generation": by_flag(config)}
@@ -119,7 +120,7 @@ def report(check: EquivalenceCheck, tokenizer: PreTrainedTokenizerBase) -> None:
     for cell in check.cells:
         failures = [(sample, difference) for sample, difference in cell.differences if not difference.is_tie]
         for sample, difference in failures[:MOST_SENTENCES]:
-            where = f"E={cell.exit_layer} d={cell.num_speculations} sample {sample}"
+            where = "E={} d={} sample {}".format(*cell.drafting.values(), sample)
             say(f"{where}, {difference.sentence(tokenizer)}")
     for floor in check.noise_floors:
         print(floor.sentence())
@@ -128,8 +129,7 @@ def report(check: EquivalenceCheck, tokenizer: PreTrainedTokenizerBase) -> None:
 def as_text(cell: CellReport) -> tuple[str, ...]:
     """A cell's row of the table; the largest margin within rounding is a share of its bound."""
     return (
-        str(cell.exit_layer),
-        str(cell.num_speculations),
+        *map(str, cell.drafting.values()),
         str(cell.num_samples),
         str(cell.num_samples - cell.num_ties - cell.num_failures),
         f"{cell.num_tokens:,}",

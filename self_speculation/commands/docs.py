@@ -128,7 +128,9 @@ def listed(group: type) -> str:
 
 def line(field: Field[Any]) -> str:
     """One flag: its name, what it may be, what it does, and its default."""
-    choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+    # Alone, or beside None.
+    kinds = (field.type, *get_args(field.type))
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
     name = f"--{flag_of(field)} {{{','.join(choices)}}}" if choices else f"--{flag_of(field)}"
     default, least = default_of(field), limits_of(field).at_least
     facts = [f"default `{default}`"] if default else []

@@ -1,6 +1,7 @@
 """Write a model folder that decodes self-speculatively where transformers loads it with trust_remote_code=True.
 
-An adapter is merged into its base. Whoever loads the folder needs this package, too.
+An adapter is merged into its base. Whoever loads the folder needs this package, too. The folder recommends the exit
+layer and draft length that are given, or what the model recommends already.
 
 layerskip export my_model/ --model facebook/layerskip-llama3.2-1B
 layerskip export my_model/ --model my_adapter/ --exit_layer 4 --num_speculations 6 --push me/my_model

@@ -1,7 +1,15 @@
 """Command-line flags: one parser for all programs, and the dataclasses that several of them share."""
 
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _ArgumentGroup,
+)
 from copy import copy
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
@@ -15,11 +23,11 @@ from self_speculation import __version__
 from self_speculation.commands.flag_files import flags_in
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.ending import fail
-from self_speculation.settings import Settings, flag_of, limits_of, setting
+from self_speculation.settings import AUTO, Settings, flag_of, limits_of, setting
 
 HELP_WIDTH = 100
 HELP_COLUMN = 32
-PLACEHOLDERS = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
+PLACEHOLDERS = {"int": "INT", "int_or_auto": "INT|auto", "float": "FLOAT", "string_to_bool": "BOOL"}
 # What the reference implementation's -1 means for these.
 NOT_GIVEN = dict.fromkeys(("exit_layer", "num_speculations"), (-1, "-1"))
 
@@ -48,13 +56,10 @@ class DraftArguments(Settings):
     """What drafts."""
 
     exit_layer: int | None = setting(
-        None, help="E: layers that draft (1 to L). Default: the checkpoint's recommendation.", at_least=1
+        None, help="E: layers that draft (1 to L). Default: auto.", at_least=1, or_auto=True
     )
     num_speculations: int | None = setting(
-        None,
-        help="d: tokens drafted a step. Default: the checkpoint's recommendation.",
-        at_least=0,
-        at_most=MOST_SPECULATIONS,
+        None, help="d: tokens drafted a step. Default: auto.", at_least=0, at_most=MOST_SPECULATIONS, or_auto=True
     )
 
 
@@ -135,7 +140,7 @@ class _Parser(HfArgumentParser):
         for field in fields(dtype):
             if field.init:
                 is_hidden = dtype in self.hidden or (limits_of(field).is_rare and not self.shows_rare)
-                flags: Any = _Flags(group, is_hidden)
+                flags: Any = _Flags(group, is_hidden, limits_of(field).or_auto)
                 self._parse_dataclass_field(flags, _as_flag(field, types[field.name]))
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,18 +170,29 @@ class _Flags:
     transformers adds `--exit-layer` to `--exit_layer`, and `--no_sample` to `--sample False`: accepted, not shown.
     """
 
-    def __init__(self, group: _ArgumentGroup, is_hidden: bool) -> None:
+    def __init__(self, group: _ArgumentGroup, is_hidden: bool, is_or_auto: bool) -> None:
         self.group = group
         self.is_hidden = is_hidden
+        self.is_or_auto = is_or_auto
 
     def add_argument(self, *spellings: str, **options: Any) -> None:
         """What transformers' parser calls for each flag."""
         if self.is_hidden or options.get("action") == "store_false":
             options["help"] = SUPPRESS
+        if self.is_or_auto and options.get("type") is int:
+            options["type"] = int_or_auto
         action = self.group.add_argument(*spellings, **options)
         action.option_strings = action.option_strings[:1]
         if action.choices is None:
             action.metavar = PLACEHOLDERS.get(getattr(action.type, "__name__", ""), "TEXT")
+
+
+def int_or_auto(text: str) -> int | str:
+    """A whole number, or `auto`, which settings read as None."""
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"must be a whole number or {AUTO}, not {text!r}") from error
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter):

@@ -1,6 +1,6 @@
 """Serve a model as OpenAI's interface does (chat, completions, responses, with streaming), by transformers' own server.
 
-Answers are decoded self-speculatively, one after another.
+Answers are decoded self-speculatively, one after another. `auto` is chosen at every step.
 
 layerskip serve --model facebook/layerskip-llama3.2-1B --port 8000
 """

@@ -72,7 +72,8 @@ def look_for_the_best(
     for sentence in advice(found, found.cells):
         print(sentence)
     if arguments.save and found.is_faster:
-        print(f"{save(Path(model_arguments.model), found.best, config.draft_vocab)} recommends {found.best.name}.")
+        path = save(Path(model_arguments.model), found.best, config.draft_vocab, found.menu)
+        print(f"{path} recommends {found.best.name}.")
     print(command(model_arguments, config, found.best if found.is_faster else None))
 
 
@@ -88,8 +89,10 @@ def advice(found: Findings, cells: list[Cell]) -> Iterator[str]:
             yield f"The best {flag}, {value}, is the greatest that was looked at: --{flag}_last may be too small."
 
 
-def save(folder: Path, best: Cell, draft_vocab: int | None) -> Path:
-    """Recommend a cell beside a model's weights; what else the file says stays. Returns the file.
+def save(folder: Path, best: Cell, draft_vocab: int | None, menu: dict[str, Any]) -> Path:
+    """Recommend a cell, and what was found of exits, beside a model's weights; what else the file says stays.
+
+    Returns the file.
 
     Raises:
         ValueError: the file there is no JSON object.
@@ -101,8 +104,9 @@ def save(folder: Path, best: Cell, draft_vocab: int | None) -> Path:
         raise ValueError(f"--save True: {path} is not a JSON object.") from error
     if not isinstance(kept, dict):
         raise ValueError(f"--save True: {path} is not a JSON object.")
-    kept.pop("draft_vocab", None)
-    found = best._asdict() | ({} if draft_vocab is None else {"draft_vocab": draft_vocab})
+    for name in ("draft_vocab", "exit_layers", "acceptance"):
+        kept.pop(name, None)
+    found = best._asdict() | ({} if draft_vocab is None else {"draft_vocab": draft_vocab}) | menu
     write_text(path, json.dumps(kept | found, indent=2) + "\n")
     return path
 
@@ -121,7 +125,8 @@ def flags(arguments: Any) -> list[str]:
     """The flags of a dataclass that are not at their defaults."""
     words = []
     for item in dataclasses.fields(arguments):
-        value = shown(item, getattr(arguments, item.name))
+        value = getattr(arguments, item.name)
         if value != item.default:
+            value = shown(item, value)
             words += [f"--{flag_of(item)}", *map(str, value if isinstance(value, list) else [value])]
     return words

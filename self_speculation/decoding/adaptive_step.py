@@ -31,7 +31,7 @@ from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, St
 from self_speculation.decoding.verification import VerificationRule
 from self_speculation.families import embed
 
-# The draft lengths to choose from.
+# The draft lengths to choose from, where no others are recommended or given.
 DRAFTS = (0, 1, 2, 3, 4, 6, 8)
 # How often a step is timed for its cost, after once that does not count.
 TIMED = 5
@@ -148,19 +148,24 @@ def takes_free_drafts(rows: Rows) -> bool:
 
 @torch.inference_mode()
 def step_seconds(
-    exits: dict[int, EagerPasses], without_drafts: EagerPasses, num_rows: int, sample: bool
+    exits: dict[int, EagerPasses],
+    without_drafts: EagerPasses,
+    num_rows: int,
+    sample: bool,
+    lengths: Sequence[int] = DRAFTS,
 ) -> dict[Cell, float]:
-    """What a step costs in every cell of the menu, in seconds.
+    """What a step costs in every cell of the menu, in seconds; `lengths` are those of drafts, 0 the first of them.
 
     Steps are timed at the first and the last exit, over prompts of two zeros that do not advance. Between exits, and
     from one draft on, costs lie on a line, by which the noise of single timings is evened out.
     """
-    first, last = min(exits), max(exits)
-    rows = _waiting_rows(exits[first], num_rows, sample)
+    first, last, longest = min(exits), max(exits), max(lengths)
+    rows = _waiting_rows(exits[first], num_rows, sample, longest + 1)
     sources: dict[int, Passes] = {exit_layer: exits[exit_layer] for exit_layer in {first, last}}
     if takes_free_drafts(rows):
-        sources[FREE] = FreePasses(without_drafts, [0] * max(DRAFTS))
-    timed = [Cell(source, drafts) for source in sources for drafts in DRAFTS]
+        sources[FREE] = FreePasses(without_drafts, [0] * longest)
+    drafts_of = dict.fromkeys(sources, lengths) | {FREE: (*(d for d in DRAFTS if 0 < d < longest), longest)}
+    timed = [Cell(source, drafts) for source in sources for drafts in drafts_of[source]]
     seconds = dict.fromkeys(timed, math.inf)
     for turn in range(1 + TIMED):
         for cell in timed:
@@ -168,31 +173,32 @@ def step_seconds(
             one = _seconds(partial(speculative_step, passes, rows, cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
-    fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in DRAFTS[1:]}) for source in sources}
+    fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in drafts_of[source] if d}) for source in sources}
     menu = {
         Cell(exit_layer, drafts): float(
             np.interp(exit_layer, [first, last], [fitted[first](drafts), fitted[last](drafts)])
         )
         for exit_layer in exits
-        for drafts in DRAFTS[1:]
+        for drafts in lengths
+        if drafts
     }
     menu |= {Cell(exit_layer, 0): seconds[Cell(first, 0)] for exit_layer in exits}
     if FREE in sources:
-        menu |= {Cell(FREE, drafts): float(fitted[FREE](drafts)) for drafts in range(1, max(DRAFTS) + 1)}
+        menu |= {Cell(FREE, drafts): float(fitted[FREE](drafts)) for drafts in range(1, longest + 1)}
     return menu
 
 
 def evened_out(seconds: dict[int, float]) -> Callable[[int], float]:
-    """Seconds by the draft length, on a line through those that were timed.
+    """Seconds by the draft length, on a line through those that were timed, a level one through a single length.
 
     None is below the least of them: where other work slowed some of the steps, a line may even fall below zero.
     """
-    line = np.polynomial.Polynomial.fit(list(seconds), list(seconds.values()), 1)
+    line = np.polynomial.Polynomial.fit(list(seconds), list(seconds.values()), min(1, len(seconds) - 1))
     return lambda drafts: max(float(line(drafts)), min(seconds.values()))
 
 
-def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:
-    model, room = passes.model, max(DRAFTS) + 1
+def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool, room: int) -> Rows:
+    model = passes.model
     rows = Rows.empty(PositionAddressedCache(num_caches(model), 3 + room, token_device(model)), num_rows, sample)
     rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, keys=[0] * num_rows)
     prefill(passes, rows)

@@ -19,13 +19,17 @@ class GenerationConfig(Settings):
 
     max_new_tokens: int = setting(512, help="Most new tokens.", at_least=0, flag="max_steps")
     exit_layer: int | None = setting(
-        None, help="E: layers that draft (1 to L). Default: the checkpoint's recommendation.", at_least=1
+        None,
+        help="E: layers that draft (1 to L). Default: auto, chosen at every step (early exit: as recommended).",
+        at_least=1,
+        or_auto=True,
     )
     num_speculations: int | None = setting(
         None,
-        help="d: tokens drafted a step. Default: the checkpoint's recommendation.",
+        help="d: tokens drafted a step. Default: auto, likewise.",
         at_least=0,
         at_most=MOST_SPECULATIONS,
+        or_auto=True,
     )
     generation_strategy: str = setting(
         "autoregressive",
@@ -33,10 +37,10 @@ class GenerationConfig(Settings):
         "own hf_generate, hf_static (its cache, compiled) or hf_early_exit.",
     )
     sample: bool = setting(True, help="Sample; False takes the most probable token.")
-    sampling: Literal["leviathan", "coupled"] = setting(
-        "leviathan",
-        help="leviathan: drafts are accepted by u < p/q. coupled: drafts share the target's noise, and answers are, "
-        "token for token, those of autoregressive decoding with the same seed.",
+    sampling: Literal["leviathan", "coupled"] | None = setting(
+        None,
+        help="leviathan: drafts are accepted by u < p/q. coupled: answers are, token for token, those of "
+        "autoregressive decoding with the same seed. Default: coupled where E or d is auto, so that seeds repeat.",
     )
     temperature: float = setting(0.6, help="Divides the logits when sampling.")
     top_k: int = setting(0, help="Sample from the k most probable tokens; 0: from all.", at_least=0)

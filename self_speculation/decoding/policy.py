@@ -26,8 +26,10 @@ from self_speculation.decoding.lookup import NOTHING, FreeDraft
 # How much an earlier draft counts for each that came after it, and for each step without any at its exit: what was
 # learnt long ago says little, though as much as so many drafts.
 MEMORY, LEAST_KEPT = 0.98, 6.0
-# The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth.
+# The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth;
+# how many one is worth that was measured.
 PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
+MEASURED_DRAFTS = 10.0
 # The same for drafts that cost nothing, by the least length of their match.
 PRIOR_OF_FREE = {3.0: 0.4, 5.0: 0.6, 9.0: 0.8}
 # The same for drafts of an exit, by the least probability that it gives them.
@@ -46,27 +48,31 @@ MOST_LOST = 0.012
 
 @dataclass
 class Acceptance:
-    """What is known of an exit's drafts: accepted ones and those at which a draft ended, both forgotten slowly."""
+    """What is known of an exit's drafts: accepted ones and those at which a draft ended, both forgotten slowly.
+
+    `weight` is how many drafts the prior is worth.
+    """
 
     prior: float = PRIOR_OF_OTHERS
     accepted: float = 0.0
     stopped: float = 0.0
+    weight: float = PRIOR_DRAFTS
 
     @property
     def rate(self) -> float:
         """α, with a prior, so that it is a number from the beginning."""
-        return (self.accepted + self.prior * PRIOR_DRAFTS) / (self.accepted + self.stopped + PRIOR_DRAFTS)
+        return (self.accepted + self.prior * self.weight) / (self.accepted + self.stopped + self.weight)
 
     def with_luck(self, steps_without: int) -> float:
         """How high α may well be, after so many steps without drafts, which make what is known worth less."""
         alpha = self.rate
-        drafts = (self.accepted + self.stopped) * MEMORY**steps_without + PRIOR_DRAFTS
+        drafts = (self.accepted + self.stopped) * MEMORY**steps_without + self.weight
         return alpha + LUCK * math.sqrt(max(alpha * (1 - alpha), LEAST_VARIANCE) / drafts)
 
     def of_earlier_prompts(self) -> "Acceptance":
         """The same, worth few drafts."""
         share = min(1.0, EARLIER_DRAFTS / max(self.accepted + self.stopped, EARLIER_DRAFTS))
-        return Acceptance(self.prior, self.accepted * share, self.stopped * share)
+        return replace(self, accepted=self.accepted * share, stopped=self.stopped * share)
 
     def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
         """A row's drafts in one step, after so many steps that had none."""
@@ -144,7 +150,7 @@ class Policy:
             gratis = self._best_at(FREE, num_free, grade(self.free, free.match).rate)
             if gratis.tokens_per_second > best.tokens_per_second:
                 return gratis.cell
-        return self._trial(best, most_drafts) if most_drafts else best.cell
+        return self._trial(best, most_drafts) if most_drafts >= self._shortest else best.cell
 
     def _best(self, most_drafts: int) -> "Expected":
         """The best of the exits' own cells; the current one, where that is as good."""
@@ -238,6 +244,11 @@ class Policy:
         return {exit_layer: pairs for exit_layer, pairs in menu.items() if pairs and exit_layer != FREE}
 
     @cached_property
+    def _shortest(self) -> int:
+        """The menu's shortest draft of an exit."""
+        return min(cell.num_speculations for cell in self.seconds if cell.exit_layer != FREE and cell.num_speculations)
+
+    @cached_property
     def _longest(self) -> int:
         """The menu's longest draft."""
         return max(cell.num_speculations for cell in self.seconds)
@@ -253,7 +264,7 @@ class Policy:
         """
         drafting = best.cell.exit_layer if best.cell.num_speculations else None
         others = [exit_layer for exit_layer in self._drafting if exit_layer != drafting]
-        if not others or most_drafts < self._drafting[others[0]][0][0].num_speculations:
+        if not others:
             return best.cell
         exit_layer = others[self.steps % len(others)]
         left = MOST_LOST * self.elapsed / len(others) - self.lost.get(exit_layer, 0.0)

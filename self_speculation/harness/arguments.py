@@ -7,7 +7,7 @@ from typing import Any
 
 from self_speculation.decoding.config import GenerationConfig
 from self_speculation.rendezvous import RENDEZVOUS_HELP, RENDEZVOUS_SECONDS
-from self_speculation.settings import Settings, setting
+from self_speculation.settings import AUTO, Settings, setting
 
 # lm-eval's own, for tasks that do not say.
 DEFAULT_MAX_STEPS = 256
@@ -107,15 +107,18 @@ class EvalConfig(GenerationConfig):
     sample: bool = setting(False, help="Accepted; a task or --gen_kwargs do_sample=True decides.")
     # As a flag it is text; from `__post_init__` on it is the base's number.
     exit_layer: str | None = setting(  # type: ignore[assignment]
-        None, help="E: the layers that score or draft; all: score every exit layer in one pass."
+        None,
+        help="E: the layers that score or draft; auto, the default, lets the strategy choose; all: score every exit "
+        "layer in one pass.",
     )
 
     def __post_init__(self) -> None:
         self.scores_all_exits = self.exit_layer == "all"
         if self.scores_all_exits and self.generation_strategy != "autoregressive":
             raise ValueError("--exit_layer all scores every exit by itself: it takes no --generation_strategy.")
-        if self.exit_layer is not None and not self.scores_all_exits and not self.exit_layer.isdecimal():
-            raise ValueError(f"--exit_layer must be a number or all, not {self.exit_layer!r}.")
-        number = None if self.exit_layer is None or self.scores_all_exits else int(self.exit_layer)
+        given = None if self.exit_layer in (AUTO, "all") else self.exit_layer
+        if given is not None and not given.isdecimal():
+            raise ValueError(f"--exit_layer must be a number, {AUTO} or all, not {self.exit_layer!r}.")
+        number = None if given is None else int(given)
         self.exit_layer = number  # type: ignore[assignment]
         super().__post_init__()

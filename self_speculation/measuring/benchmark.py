@@ -117,8 +117,7 @@ class Benchmark:
             figures[name] = StrategyFigures(
                 comparison=comparison,
                 speedup_over=baseline,
-                exit_layer=contestant.config.exit_layer,
-                num_speculations=contestant.config.num_speculations,
+                drafting=contestant.drafting,
                 peak_memory_bytes=peaks[name],
                 preparing_seconds=warm_up.preparing_seconds(comparison.totals.times) if warm_up else None,
                 bandwidth_share=ceiling.share(own, contestant),
@@ -146,14 +145,16 @@ class Benchmark:
         return {name: one.peak_bytes(largest, self.probes) for name, one in self.contestants.items()}
 
     def ideal_speedup(self, rounds: dict[str, list[Round]]) -> float | None:
-        """What the drafts' acceptance and the passes' costs allow, timed here and now; None without both strategies.
+        """What the drafts' acceptance and the passes' costs allow, timed here and now.
 
-        The passes are timed in the middle of the answers to the first batch of the list that is the middle one by its
-        prompts' sizes.
+        None without both strategies, or where E or d changes from step to step. The passes are timed in the middle of
+        the answers to the first batch of the list that is the middle one by its prompts' sizes.
         """
         if not {"autoregressive", "self_speculative"} <= rounds.keys():
             return None
         contestant, plain = self.contestants["self_speculative"], rounds["autoregressive"][0]
+        if not contestant.has_a_cell:
+            return None
         by_size = sorted(self.lists, key=lambda samples: sum(map(len, self.prompts_of(samples))))
         batch = by_size[len(by_size) // 2][: self.batch_size]
         answers = [plain.measurements[sample].tokens for sample in batch]

@@ -102,8 +102,11 @@ class Ceiling:
         return self.memory.bytes_per_second / self.weights.all if self.memory.bounds(self.weights) else None
 
     def share(self, rounds: list[Round], contestant: Contestant) -> float | None:
-        """The share of the bandwidth that a contestant reached; None where the weights may stay in the cache."""
-        if not self.memory.bounds(self.weights):
+        """The share of the bandwidth that a contestant reached.
+
+        None where the weights may stay in the cache, or where how many of them draft changes from step to step.
+        """
+        if not self.memory.bounds(self.weights) or contestant.generator.strategy.chooses:
             return None
         read = partial(self.weights.read, config=contestant.config, num_layers=contestant.num_layers)
         return bandwidth_share(rounds, read, self.memory.bytes_per_second)

@@ -59,6 +59,16 @@ class Contestant:
             raise ValueError(f"{self.config.generation_strategy} needs --exit_layer and --num_speculations.")
         return Cell(exit_layer, num_speculations)
 
+    @property
+    def drafting(self) -> dict[str, int | str | None]:
+        """Its exit layer and draft length, as results tell them."""
+        return self.generator.strategy.drafting(self.config)
+
+    @property
+    def has_a_cell(self) -> bool:
+        """Whether its exit layer and draft length are numbers, and stay what they are."""
+        return all(isinstance(value, int) for value in self.drafting.values())
+
     def run(self, prompts: list[list[int]]) -> list[Measurement]:
         """Answer a list of prompts."""
         results = self.generator.generate(prompts, self.config, batch_size=self.batch_size)

@@ -1,5 +1,7 @@
 """Is self-speculative output the full model's? Every (E, d) is judged token by token, beside the noise of rounding.
 
+One of the two, or both, may be chosen at every step.
+
 One pass over d+1 tokens rounds differently from d+1 passes over one, so two nearly equal logits may change places.
 The judge says of each token whether that explains it; the *noise floor* says how often it happens without any draft:
 the tokens of autoregressive decoding that the same model, in the same dtype, would choose differently d+1 at a time.
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from self_speculation.advice import Recommendation, advice_for
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.early_exit import num_caches, token_device
@@ -23,9 +26,15 @@ from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, StepPlan
 from self_speculation.decoding.verification import GreedyRule, most_probable
-from self_speculation.generator_base import GenerationConfig, GenerationRequest, HuggingfaceLlamaGenerator
+from self_speculation.generator_base import (
+    GenerationConfig,
+    GenerationRequest,
+    GenerationStrategy,
+    HuggingfaceLlamaGenerator,
+)
 from self_speculation.measuring.judge import Difference, Judge, Judgement
-from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
+from self_speculation.settings import AUTO
+from self_speculation.strategies import fill_in, make_strategy, strategy_type
 
 # The most samples whose answers may differ by ties. In 16 bits a real vocabulary has many, and they prove nothing.
 MOST_TIES = {torch.float64: 0.0, torch.float32: 0.01}
@@ -33,15 +42,15 @@ MOST_TIES = {torch.float64: 0.0, torch.float32: 0.01}
 
 @dataclass
 class CellReport:
-    """What one exit layer and draft length gave over all samples.
+    """What one exit layer and draft length gave over all samples; None is what was chosen at every step.
 
     `num_samples` answers were compared with the ones expected; `num_ties` of them differ, though none of their tokens
     is wrong, and `num_failures` have a wrong token or end. `most_ties` is the share of ties that may be. `differences`
     are the samples' tokens that are not exact.
     """
 
-    exit_layer: int
-    num_speculations: int
+    exit_layer: int | None
+    num_speculations: int | None
     most_ties: float = 1.0
     num_samples: int = 0
     drafted: int = 0
@@ -50,6 +59,12 @@ class CellReport:
     num_failures: int = 0
     num_tokens: int = 0
     differences: list[tuple[int, Difference]] = field(default_factory=list)
+
+    @property
+    def drafting(self) -> dict[str, int | str]:
+        """E and d as results tell them."""
+        told = {"exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
+        return {name: AUTO if value is None else value for name, value in told.items()}
 
     def add(self, sample: int, judgement: Judgement, is_as_expected: bool) -> None:
         """One more answer: what the judge says of it, and whether it is the one expected."""
@@ -94,9 +109,7 @@ class CellReport:
     def as_json(self) -> dict[str, Any]:
         """Everything, for the record."""
         largest = self.largest_tie
-        return {
-            "exit_layer": self.exit_layer,
-            "num_speculations": self.num_speculations,
+        return self.drafting | {
             "num_samples": self.num_samples,
             "drafted": self.drafted,
             "accepted": self.accepted,
@@ -142,7 +155,11 @@ class NoiseFloor:
 
 
 class EquivalenceCheck:
-    """Runs a grid of (E, d) against one autoregressive baseline per batch of prompts."""
+    """Runs a grid of (E, d) against one autoregressive baseline per batch of prompts.
+
+    A cell decodes as `generate.py` would: with what is recommended, where something is left open. Where d is chosen at
+    every step, the noise floor is that of the recommended draft length.
+    """
 
     def __init__(
         self,
@@ -150,16 +167,20 @@ class EquivalenceCheck:
         tokenizer: PreTrainedTokenizerBase,
         config: GenerationConfig,
         cells: list[CellReport],
+        advice: Recommendation | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.cells = cells
         # It is of greedy decoding.
-        widths = set() if config.sample else {cell.num_speculations for cell in cells} - {0}
+        self.advice = advice or advice_for(model)
+        recommended = self.advice.num_speculations
+        lengths = {recommended if cell.num_speculations is None else cell.num_speculations for cell in cells}
+        widths = set() if config.sample else lengths - {0}
         self.noise_floors = [NoiseFloor(num_speculations) for num_speculations in sorted(widths)]
         self.baseline_strategy = AutoregressiveStrategy(model)
         self.baseline = HuggingfaceLlamaGenerator(tokenizer, self.baseline_strategy)
-        self.candidate = HuggingfaceLlamaGenerator(tokenizer, SelfSpeculativeStrategy(model))
+        self.candidates: dict[type[GenerationStrategy], HuggingfaceLlamaGenerator] = {}
         self.judge = Judge(model, self.baseline.request([], config))
         self.num_samples = 0
 
@@ -171,10 +192,8 @@ class EquivalenceCheck:
         batches = [[tokens] for tokens in encoded] if self.config.exact else [encoded]
         expected = [answer.tokens for batch in batches for answer in self.baseline.generate(batch, eager)]
         for cell in self.cells:
-            config = dataclasses.replace(
-                self.config, exit_layer=cell.exit_layer, num_speculations=cell.num_speculations
-            )
-            for row, actual in enumerate(self.candidate.generate(encoded, config)):
+            config = self._config(cell)
+            for row, actual in enumerate(self._candidate(config).generate(encoded, config)):
                 cell.drafted += actual.num_drafted
                 cell.accepted += actual.num_accepted
                 copy = encoded[:row].count(encoded[row])
@@ -183,6 +202,19 @@ class EquivalenceCheck:
             yield cell
         self._measure_noise(self.baseline.request(encoded, eager), expected)
         self.num_samples += len(prompts)
+
+    def _config(self, cell: CellReport) -> GenerationConfig:
+        """A cell's config."""
+        own: dict[str, Any] = {"exit_layer": cell.exit_layer, "num_speculations": cell.num_speculations}
+        return fill_in(dataclasses.replace(self.config, generation_strategy="self_speculative", **own), self.advice)
+
+    def _candidate(self, config: GenerationConfig) -> HuggingfaceLlamaGenerator:
+        """Who decodes like this; cells have it in common, with what was compiled or measured."""
+        kind = strategy_type(config)
+        if kind not in self.candidates:
+            strategy = make_strategy(self.model, config, advice=self.advice)
+            self.candidates[kind] = HuggingfaceLlamaGenerator(self.baseline.tokenizer, strategy)
+        return self.candidates[kind]
 
     def _measure_noise(self, request: GenerationRequest, answers: list[list[int]]) -> None:
         for floor in self.noise_floors:

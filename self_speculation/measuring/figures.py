@@ -229,15 +229,15 @@ def rounded(value: Any) -> Any:
 class StrategyFigures:
     """All that is known of a strategy. None where it does not apply, and then absent in files.
 
-    `preparing_seconds` are those before the first answer, for building and compiling, if it was measured here.
-    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow; `judged`, how many tokens are
-    the full model's; `choices`, what its policy chose in all rounds.
+    `drafting` has exit layer and draft length, as results tell them; `preparing_seconds` are those before the first
+    answer, for building and compiling, if it was measured here; `ideal_decode_speedup` is what its drafts' acceptance
+    and the cost of passes allow; `judged`, how many tokens are the full model's; `choices`, what its policy chose in
+    all rounds.
     """
 
     comparison: Comparison
     speedup_over: str
-    exit_layer: int | None
-    num_speculations: int | None
+    drafting: dict[str, int | str | None]
     peak_memory_bytes: int
     preparing_seconds: float | None = None
     bandwidth_share: float | None = None
@@ -262,7 +262,7 @@ class StrategyFigures:
             | ({} if self.bandwidth_share is None else {"bandwidth_share": self.bandwidth_share})
             | {"speedup_over": self.speedup_over}
             | self.comparison.speedup.as_json()
-            | {"exit_layer": self.exit_layer, "num_speculations": self.num_speculations}
+            | self.drafting
             | self.scores
             | ({} if self.ideal_decode_speedup is None else ideal)
             | self.judged

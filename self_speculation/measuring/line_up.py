@@ -19,9 +19,10 @@ def make_contestant(
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
     kind: type[Contestant] = Contestant,
+    advice: Recommendation | None = None,
 ) -> Contestant:
-    """The strategy that the config names, as it stands."""
-    return kind(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, RIVALS)), config)
+    """The strategy that the config names, as it stands; the advice is for one that chooses E and d."""
+    return kind(HuggingfaceLlamaGenerator(tokenizer, make_strategy(model, config, RIVALS, advice)), config)
 
 
 def line_up(
@@ -31,7 +32,7 @@ def line_up(
     advice: Recommendation,
     kind: type[Contestant] = Contestant,
 ) -> dict[Name, Contestant]:
-    """Every config's strategy, with the exit layer and draft length that were given, or else recommended.
+    """Every config's strategy, with the exit layer and draft length that were given, or else recommended or chosen.
 
     Raises:
         ValueError: there is no such strategy, or the model has no such exit layer.
@@ -39,7 +40,7 @@ def line_up(
     contestants = {}
     for name, config in configs.items():
         filled = fill_in(config, advice, RIVALS)
-        contestants[name] = make_contestant(model, tokenizer, filled, kind)
+        contestants[name] = make_contestant(model, tokenizer, filled, kind, advice)
         if filled.exit_layer is not None:
             check_exit_layer(filled.exit_layer, model)
     return contestants

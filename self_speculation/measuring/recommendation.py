@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import COUNTS_FILE, read_counts
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.loading import RECOMMENDATION_FILE, ModelArguments, load
+from self_speculation.measuring.exit_menu import exit_menu
 from self_speculation.measuring.passes import measure_passes
 from self_speculation.measuring.prediction import Prediction, Profile, acceptance_chances, predict, profile
 from self_speculation.strategies import make_strategy
@@ -49,9 +51,9 @@ def recommend(
 ) -> tuple[Prediction, float] | None:
     """The fastest (E, d) for greedy answers to some prompts, as predicted from measured passes, and its speed-up.
 
-    The checkpoint in `folder` is loaded as `generate.py` would, and the choice is written beside its weights: with a
-    vocabulary for drafts, where the counts there say that few tokens do and the passes that they are faster. None for
-    a model without an early exit, or when no answer has a token.
+    The checkpoint in `folder` is loaded as `generate.py` would, and the choice is written beside its weights: with what
+    a policy may choose from and expect, and with a vocabulary for drafts, where the counts there say that few tokens do
+    and the passes that they are faster. None for a model without an early exit, or when no answer has a token.
     """
     model, tokenizer = load(ModelArguments(model=str(folder)))
     cells = candidates(exit_layers, model.config.num_hidden_layers)
@@ -62,7 +64,7 @@ def recommend(
     answers = [(prompt, answer) for prompt, answer in answers if answer.result.tokens]
     if not answers:
         return None
-    chosen: list[tuple[Prediction, float, dict[str, int]]] = []
+    chosen: list[tuple[Prediction, float, dict[str, Any]]] = []
     without_drafts = Cell(cells[0].exit_layer, 0)
     for draft_vocab in {None, draft_vocabulary(folder, model.config.vocab_size)}:
         own = replace(config, draft_vocab=draft_vocab)
@@ -71,7 +73,11 @@ def recommend(
         *drafting, autoregressive = predict(profiles, [*cells, without_drafts], costs)
         best = max(drafting, key=_speed)
         speedup = _speed(best) / _speed(autoregressive)
-        chosen.append((best, speedup, best.cell._asdict() | ({"draft_vocab": draft_vocab} if draft_vocab else {})))
+        menu = exit_menu(
+            {one.cell: _speed(one) for one in drafting}, {one.cell: one.acceptance_rate for one in drafting}
+        )
+        vocabulary = {"draft_vocab": draft_vocab} if draft_vocab else {}
+        chosen.append((best, speedup, best.cell._asdict() | vocabulary | menu))
     best, speedup, written = max(chosen, key=lambda one: _speed(one[0]))
     with whole_files(folder) as beside:
         (beside / RECOMMENDATION_FILE).write_text(json.dumps(written, indent=2) + "\n")

@@ -16,6 +16,7 @@ from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.config import MOST_SPECULATIONS
 from self_speculation.generator_base import GenerationConfig, check_exit_layer
 from self_speculation.measuring.contestants import Contestant, interleaved
+from self_speculation.measuring.exit_menu import exit_menu
 from self_speculation.measuring.figures import Comparison, Totals
 from self_speculation.measuring.line_up import make_contestant
 from self_speculation.measuring.measurements import Round
@@ -93,6 +94,11 @@ class Findings:
     def is_faster(self) -> bool:
         """Whether it is faster than autoregressive decoding."""
         return self.final[self.best].speedup.speedup > 1
+
+    @property
+    def menu(self) -> dict[str, Any]:
+        """What a policy may choose from, and expect of exits."""
+        return exit_menu(self._speeds(), self._rates())
 
     def document(self) -> dict[str, Any]:
         """Everything, as JSON."""

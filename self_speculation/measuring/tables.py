@@ -139,8 +139,8 @@ def finalist_table(final: dict[Cell, Comparison]) -> Table:
 
 
 def _cell(figures: StrategyFigures) -> str | None:
-    numbers = (figures.exit_layer, figures.num_speculations)
-    return None if None in numbers else "{}, {}".format(*numbers)
+    told = figures.drafting.values()
+    return None if None in told else ", ".join(map(str, told))
 
 
 def _time(name: str, style: str, factor: float = 1) -> Column:

@@ -114,7 +114,7 @@ MISTAKES = [
     Mistake(DECODE, "--top_p 1.5", "--top_p"),
     Mistake(DECODE, "--top_k -1", "--top_k"),
     Mistake(STRATEGIES, "--sample True --temperature 0", "--temperature"),
-    Mistake("correctness", "--sample True", "--sample"),
+    Mistake("correctness", "--sample True --sampling leviathan", "--sample"),
     Mistake(STRATEGIES, "--generation_strategy guess", "--generation_strategy"),
     Mistake("benchmark", "--generation_strategy autoregressive guess", "--generation_strategy"),
     Mistake("sweep", "--generation_strategy autoregressive", "--generation_strategy"),

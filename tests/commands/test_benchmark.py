@@ -75,7 +75,7 @@ def run_benchmark(
 
 
 def short_flags(rows: Path) -> list[object]:
-    return ["--data_path", rows, "--sample", "False", "--max_steps", 8, "--exit_layer", 2]
+    return ["--data_path", rows, "--sample", "False", "--max_steps", 8, "--exit_layer", 2, "--num_speculations", 4]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

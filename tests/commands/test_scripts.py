@@ -59,6 +59,7 @@ def test_generate_saves_answers_and_a_picture_and_says_what_it_did(
 ) -> None:
     picture = tmp_path / "answer.svg"
     flags = ["--generation_strategy", "self_speculative", "--max_steps", 12, "--export_svg", picture]
+    flags += ["--exit_layer", 1, "--num_speculations", 4]
     assert run(generate.main, "--prompt", PROMPT, *flags) == 0
     said = capsys.readouterr().err
     assert "exit layer 1, 4 drafts" in said
@@ -128,7 +129,7 @@ def test_correctness_reports_a_difference_and_fails(
 ) -> None:
     """Early exit, passed off as self-speculative decoding."""
     monkeypatch.setattr(
-        "self_speculation.measuring.equivalence.SelfSpeculativeStrategy.steps",
+        "self_speculation.self_speculation_generator.SelfSpeculativeStrategy.steps",
         lambda self, request: EarlyExitStrategy(self.model).steps(request),
     )
     flags = ["--data_path", rows, "--num_samples", 2, "--max_steps", 8, "--exit_layer", 2, "--num_speculations", 2]

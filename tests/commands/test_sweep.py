@@ -301,13 +301,18 @@ def test_a_choice_is_kept_beside_the_weights(tmp_path: Path) -> None:
     cases = [{"dtype": "float32", "exit_layer": 1, "num_speculations": 1}]
     path = tmp_path / "layerskip.json"
     path.write_text(json.dumps({"exit_layer": 9, "num_speculations": 9, "draft_vocab": 7, "cases": cases}))
-    assert sweeping.save(tmp_path, Cell(3, 2), None) == path
-    assert json.loads(path.read_text()) == {"exit_layer": 3, "num_speculations": 2, "cases": cases}
-    sweeping.save(tmp_path, Cell(4, 1), 200)
-    assert read_recommendation(str(tmp_path), num_layers=6).draft_vocab == 200
+    menu = {"exit_layers": [3, 4], "acceptance": {3: 0.5, 4: 0.75}}
+    assert sweeping.save(tmp_path, Cell(3, 2), None, menu) == path
+    written = menu | {"acceptance": {"3": 0.5, "4": 0.75}}
+    assert json.loads(path.read_text()) == {"exit_layer": 3, "num_speculations": 2, "cases": cases} | written
+    advice = read_recommendation(str(tmp_path), num_layers=6)
+    assert (advice.exit_layers, advice.acceptance) == ((3, 4), {3: 0.5, 4: 0.75})
+    sweeping.save(tmp_path, Cell(4, 1), 200, {"acceptance": {4: 0.9}})
+    advice = read_recommendation(str(tmp_path), num_layers=6)
+    assert (advice.draft_vocab, advice.exit_layers, advice.acceptance) == (200, (), {4: 0.9})
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"^--save True: \S*layerskip\.json is not a JSON object\.$"):
-        sweeping.save(tmp_path, Cell(3, 2), None)
+        sweeping.save(tmp_path, Cell(3, 2), None, {})
 
 
 def test_a_choice_needs_a_folder(run_sweep: Run, capsys: pytest.CaptureFixture[str], logs: Path) -> None:

@@ -97,15 +97,19 @@ def test_a_strategy_declares_whether_it_warms_up_whole(
     assert len(passes) == num_tokens
 
 
-def test_what_was_not_given_is_recommended(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_was_not_given_is_recommended_or_chosen(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
     configs = {name: GenerationConfig(generation_strategy=name) for name in ("autoregressive", *STRATEGIES)}
     found = line_up(model, tokenizer, configs, Recommendation(3, 5, "a test"))
     assert {name: (one.config.exit_layer, one.config.num_speculations) for name, one in found.items()} == {
         "autoregressive": (None, None),
         "early_exit": (3, None),
-        "self_speculative": (3, 5),
+        "self_speculative": (None, None),
         "hf_generate": (None, None),
         "hf_early_exit": (3, 5),
     }
+    assert found["self_speculative"].drafting == {"exit_layer": "auto", "num_speculations": "auto"}
+    assert found["self_speculative"].generator.strategy.advice == Recommendation(3, 5, "a test")
     with pytest.raises(ValueError, match="--exit_layer must lie between 1 and 6"):
         line_up(model, tokenizer, configs, Recommendation(7, 5, "a test"))

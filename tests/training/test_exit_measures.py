@@ -120,11 +120,15 @@ def test_recommendation_is_kept_beside_the_weights(folder: Path, tokenizer: PreT
         best, speedup = recommend(folder, prompts, max_new_tokens=6, exit_layers=(2, 4, 6))
         assert speedup > 0
         kept = json.loads((folder / "layerskip.json").read_text())
+        menu = {name: kept.pop(name) for name in ("exit_layers", "acceptance") if name in kept}
         assert kept == {"exit_layer": best.exit_layer, "num_speculations": best.num_speculations}
+        assert menu["acceptance"].keys() == {"2", "4"}
+        assert menu.get("exit_layers") in (None, [2, 4])
         assert best.exit_layer in (2, 4)
         assert 0 <= best.acceptance_rate <= 1
         advice = read_recommendation(str(folder), 6)
         assert (advice.exit_layer, advice.num_speculations) == (best.exit_layer, best.num_speculations)
+        assert advice.acceptance == {2: menu["acceptance"]["2"], 4: menu["acceptance"]["4"]}
     finally:
         (folder / "layerskip.json").unlink(missing_ok=True)
     assert recommend(folder, prompts, max_new_tokens=6, exit_layers=(6,)) is None
@@ -159,7 +163,7 @@ def test_the_recommendation_names_the_draft_vocabulary(
     save_counts(answer.bincount(minlength=20_000), tmp_path)
     best, _ = recommend(tmp_path, [prompt], max_new_tokens=6, exit_layers=(1, 2))
     kept = json.loads((tmp_path / "layerskip.json").read_text())
-    assert kept == {**best.cell._asdict(), "draft_vocab": len(answer.unique())}
+    assert kept == {**best.cell._asdict(), "draft_vocab": len(answer.unique()), "acceptance": {"1": 1.0}}
     assert best.acceptance_rate == 1
     # With a vocabulary that lacks what the model says, nothing is accepted.
     save_counts(torch.ones(20_000, dtype=torch.long).scatter(0, answer, 0) * (torch.arange(20_000) < 5000), tmp_path)
