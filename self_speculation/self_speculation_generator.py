@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, step_seconds
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.adaptive_step import AdaptiveStep, step_seconds
+from self_speculation.decoding.cell import DRAFTS, Cell
+from self_speculation.decoding.compiled_menu import CompiledMenu
 from self_speculation.decoding.draft_head import DraftHeads
-from self_speculation.decoding.early_exit import TorchKernels, check_exit_layer
-from self_speculation.decoding.kernels import Kernels
+from self_speculation.decoding.early_exit import check_exit_layer
 from self_speculation.decoding.policy import Policy
-from self_speculation.decoding.session import Step
+from self_speculation.decoding.session import EagerStep, Step
 from self_speculation.decoding.step import StepPlan
 from self_speculation.exit_adapter import ExitAdapter, exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest
@@ -48,11 +48,19 @@ class SelfSpeculativeStrategy(StepwiseStrategy):
 class AdaptiveStrategy(SelfSpeculativeStrategy):
     """Begins at `config.exit_layer`, and goes where its counts and the measured seconds of steps lead.
 
-    An exit adapter drafts at its own exit only: with one, E stays, and d is chosen. Another `policy` may choose.
+    An exit adapter drafts at its own exit only: with one, E stays, and d is chosen. So it is with steps that torch
+    compiles. Another `policy` may choose.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Callable[[dict[Cell, float], int], Policy] = Policy) -> None:
-        super().__init__(model)
+    compiled_step = CompiledMenu
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Callable[[dict[Cell, float], int], Policy] = Policy,
+        backend: str | Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__(model, backend)
         self.policy = policy
         self.seconds: dict[tuple[Hashable, ...], dict[Cell, float]] = {}
         self.learnt: Policy | None = None
@@ -64,31 +72,31 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         return super().plan(dataclasses.replace(config, exit_layer=exit_layer, num_speculations=max(DRAFTS)))
 
     def prepare(self, request: GenerationRequest) -> None:
-        """Measure what steps cost."""
+        """Measure what steps cost, and compile them, if that is asked for."""
         self._step(request, self.plan(request.config))
 
-    def kernels(self, config: GenerationConfig) -> Kernels:
-        """What runs the passes: of every exit, and of drafts of every length."""
-        kernels = super().kernels(config)
-        if config.compile != "none" and isinstance(kernels, TorchKernels):
-            raise ValueError(
-                "--generation_strategy adaptive: torch's compiled steps have a fixed E and d; --compile none."
-            )
-        return kernels
-
     def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
-        step = super()._step(request, plan)
-        exits = {
-            exit_layer: dataclasses.replace(step.passes, plan=dataclasses.replace(plan, exit_layer=exit_layer))
-            for exit_layer in self._exit_layers(plan)
-        }
-        key = (request.num_rows, *exits, plan.draft_head, type(step.passes.kernels), request.config.sample)
+        step, config = super()._step(request, plan), request.config
+        exits = self._exits(step)
+        how = (step.is_fixed and config.compile, type(step.passes.kernels), config.sample)
+        key = (request.num_rows, *exits, plan.draft_head, *how)
         if key not in self.seconds:
-            self.seconds[key] = step_seconds(exits, request.num_rows, request.config.sample)
+            self.seconds[key] = step_seconds(exits)
         policy = self.policy(self.seconds[key], plan.exit_layer)
-        if request.config.policy_memory == "run":
+        if config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
-        return AdaptiveStep(exits, step.rows, policy)
+        return AdaptiveStep(exits, policy)
+
+    def _exits(self, step: Step) -> dict[int, Step]:
+        """A step for each exit to choose; where each takes minutes to compile, for the one to begin with."""
+        plan = step.passes.plan
+        if not isinstance(step, EagerStep):
+            return {plan.exit_layer: step}
+        plans = {exit_layer: dataclasses.replace(plan, exit_layer=exit_layer) for exit_layer in self._exit_layers(plan)}
+        return {
+            exit_layer: dataclasses.replace(step, passes=dataclasses.replace(step.passes, plan=own))
+            for exit_layer, own in plans.items()
+        }
 
     def _exit_layers(self, plan: StepPlan) -> list[int]:
         if plan.adapter is not None:

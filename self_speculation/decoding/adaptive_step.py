@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.cell import FREE, Cell
+from self_speculation.decoding.cell import DRAFTS, FREE, Cell
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.kernels import forward_remainder
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import Policy
-from self_speculation.decoding.prefill import prefill
+from self_speculation.decoding.prefill import prefill_zeros
 from self_speculation.decoding.request import RowStep
 from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.step import DraftedToken, EagerPasses, Passes, StepOutcome, speculative_step
+from self_speculation.decoding.session import Step
+from self_speculation.decoding.step import DraftedToken, EagerPasses, StepOutcome, speculative_step
 from self_speculation.decoding.verification import VerificationRule
 from self_speculation.families import embed
 
-# The draft lengths to choose from.
-DRAFTS = (0, 1, 2, 3, 4, 6, 8)
 # How often a step is timed for its cost, after once that does not count.
 TIMED = 5
 
@@ -69,28 +68,31 @@ class FreePasses:
 
 
 class AdaptiveStep:
-    """A step that asks its policy for E and d, and tells it what came of them. It has passes for every exit.
+    """A step that asks its policy for E and d, and tells it what came of them. It has a step for every exit.
 
-    A single row may also take drafts that cost nothing.
+    These share their rows; one that is fixed is so for all. Without drafts they are alike, and the first is taken. A
+    single row may also take drafts that cost nothing.
     """
 
-    is_fixed = False
-
-    def __init__(self, exits: dict[int, EagerPasses], rows: Rows, policy: Policy) -> None:
+    def __init__(self, exits: dict[int, Step], policy: Policy) -> None:
         self.exits = exits
-        self.rows = rows
         self.policy = policy
-        self.passes = exits[policy.first]
-        self.lookup = Lookup() if takes_free_drafts(rows) else None
+        self.first = exits[policy.first]
+        self.passes, self.rows, self.is_fixed = self.first.passes, self.first.rows, self.first.is_fixed
+        self.lookup = Lookup() if takes_free_drafts(self.rows) else None
         self.free, self.cell = NOTHING, Cell(policy.first, 0)
 
     def __call__(self, num_speculations: int) -> StepOutcome:
         """Draft, verify, commit: at most d tokens."""
         self.free = self._free_draft(num_speculations)
         self.cell = self.policy.choose(num_speculations, self.free)
-        exit_layer, num_drafts = self.cell
-        passes = FreePasses(self.passes, self.free.tokens) if exit_layer == FREE else self.exits[exit_layer]
-        return speculative_step(passes, self.rows, num_drafts)._replace(cell=self.cell)
+        return self._step(*self.cell)._replace(cell=self.cell)
+
+    def _step(self, exit_layer: int, num_drafts: int) -> StepOutcome:
+        if exit_layer == FREE:
+            return speculative_step(FreePasses(self.passes, self.free.tokens), self.rows, num_drafts)
+        step = self.exits[exit_layer] if num_drafts else self.first
+        return step(num_drafts)
 
     def observe(self, steps: Sequence[RowStep]) -> None:
         """Tell the policy what came of the last step, and the lookup what the row's tokens are now."""
@@ -113,22 +115,23 @@ def takes_free_drafts(rows: Rows) -> bool:
 
 
 @torch.inference_mode()
-def step_seconds(exits: dict[int, EagerPasses], num_rows: int, sample: bool) -> dict[Cell, float]:
+def step_seconds(exits: dict[int, Step]) -> dict[Cell, float]:
     """What a step costs in every cell of the menu, in seconds.
 
     Steps are timed at the first and the last exit, over prompts of two zeros that do not advance. Between exits, and
     from one draft on, costs lie on a line, by which the noise of single timings is evened out.
     """
     first, last = min(exits), max(exits)
-    rows = _waiting_rows(exits[first], num_rows, sample)
-    sources: dict[int, Passes] = {exit_layer: exits[exit_layer] for exit_layer in {first, last}}
+    rows = _waiting_rows(exits[first])
+    sources = {exit_layer: _over(rows, exits[exit_layer]) for exit_layer in (first, last)}
     if takes_free_drafts(rows):
-        sources[FREE] = FreePasses(exits[first], [0] * max(DRAFTS))
+        free = FreePasses(exits[first].passes, [0] * max(DRAFTS))
+        sources[FREE] = partial(speculative_step, free, rows)
     timed = [Cell(source, drafts) for source in sources for drafts in DRAFTS]
     seconds = dict.fromkeys(timed, math.inf)
     for turn in range(1 + TIMED):
         for cell in timed:
-            one = _seconds(partial(speculative_step, sources[cell.exit_layer], rows, cell.num_speculations))
+            one = _seconds(partial(sources[cell.exit_layer], cell.num_speculations))
             # Whatever else runs makes a step slower only; the first of each is slow by itself.
             seconds[cell] = min(seconds[cell], one) if turn else math.inf
     fitted = {source: evened_out({d: seconds[Cell(source, d)] for d in DRAFTS[1:]}) for source in sources}
@@ -154,14 +157,21 @@ def evened_out(seconds: dict[int, float]) -> Callable[[int], float]:
     return lambda drafts: max(float(line(drafts)), min(seconds.values()))
 
 
-def _waiting_rows(passes: EagerPasses, num_rows: int, sample: bool) -> Rows:
-    model, room = passes.model, max(DRAFTS) + 1
-    rows = Rows.empty(PositionAddressedCache(num_caches(model), 3 + room, token_device(model)), num_rows, sample)
-    rows.begin([[0, 0]] * num_rows, [2 + room] * num_rows, keys=[0] * num_rows)
-    prefill(passes, rows)
+def _waiting_rows(step: Step) -> Rows:
+    """Rows for timing a step: its own if it is fixed, else short ones of the same kind."""
+    passes, rows, room = step.passes, step.rows, max(DRAFTS) + 1
+    if not step.is_fixed:
+        cache = PositionAddressedCache(num_caches(passes.model), 3 + room, token_device(passes.model))
+        rows = Rows.empty(cache, len(rows.lengths_B), rows.noise_BCS is not None)
+    prefill_zeros(passes, rows)
     rows.active_B.zero_()
     rows.cache.see(2 + room)
     return rows
+
+
+def _over(rows: Rows, step: Step) -> Callable[[int], StepOutcome]:
+    """The step over these rows."""
+    return step if step.rows is rows else partial(speculative_step, step.passes, rows)
 
 
 def _seconds(step: Callable[[], object]) -> float:

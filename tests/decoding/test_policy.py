@@ -308,11 +308,6 @@ def test_steps_are_timed_once(make_model: MakeModel, answer: Callable[..., list[
     assert [{cell.exit_layer for cell in menu} for menu in strategy.seconds.values()] == [{FREE, 1, 2, 3}, {1, 2, 3}]
 
 
-def test_compiled_steps_are_refused(make_model: MakeModel, answer: Callable[..., list[list[int]]]) -> None:
-    with pytest.raises(ValueError, match=r"--generation_strategy adaptive: .* --compile none"):
-        answer(AdaptiveStrategy(make_model(attention_bias=True)), prompts_of(9), compile="default")
-
-
 def test_a_model_of_one_layer_has_nothing_to_choose(
     make_model: MakeModel, answer: Callable[..., list[list[int]]]
 ) -> None:
