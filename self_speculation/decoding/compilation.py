@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, power_of_two, round_up
@@ -77,7 +76,7 @@ class CompiledStep:
             try:
                 for visible in missing:
                     self._warm_up_bucket(visible)
-            except (TorchDynamoException, ConstraintViolationError) as error:
+            except TorchDynamoException as error:
                 raise ValueError(f"--compile: this model cannot be compiled here ({_reason(error)}).") from error
 
     def _buckets(self, length: int) -> list[int]:
@@ -108,7 +107,12 @@ class CompiledStep:
 
     def _graph(self, function: Function) -> Function:
         """The function's graph for what is visible now."""
-        return self._kept(function, self.rows.cache.visible if self.is_captured else 0)
+        return self._kept(function, self._prefix)
+
+    @property
+    def _prefix(self) -> int:
+        """The visible prefix that graphs are for; zero where it is a symbol in them."""
+        return self.rows.cache.visible if self.is_captured else 0
 
     def _kept(self, function: Function, kind: Hashable) -> Function:
         """The function's graph of some kind."""
@@ -201,7 +205,7 @@ def _with_own_code(function: Function) -> Function:
     return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
 
 
-def _reason(error: TorchDynamoException | ConstraintViolationError) -> str:
+def _reason(error: TorchDynamoException) -> str:
     """The first line of what went wrong, without torch's frame around it."""
     cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
     return str(cause).strip().partition("\n")[0].rstrip(".")

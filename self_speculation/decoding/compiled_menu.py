@@ -2,18 +2,19 @@
 
 A graph drafts a token, and one verifies drafts of every length, which is a symbol in it: these hold the layers. What
 follows, the verdict and the commit, is a small graph for each length. A step without drafts is a graph of its own.
+Where torch finds that the second graph would not be right for every length, there is one for each.
 
 Shapes: B batch, T = d+1 verified positions, D hidden size, V vocabulary.
 """
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from self_speculation.decoding.cell import DRAFTS
 from self_speculation.decoding.compilation import BACKEND, CompiledStep, Function
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import (
-    DraftedToken,
     EagerPasses,
     LogitsGiven,
     StepOutcome,
@@ -32,23 +33,31 @@ class CompiledMenu(CompiledStep):
         super().__init__(passes, rows, mode, backend)
         # The longest first: compilers take a length of one or two, where they first see it, for a special case.
         self.lengths = sorted(DRAFTS, reverse=True)
-
-    def run(self, passes: EagerPasses, drafted: list[DraftedToken]) -> StepOutcome:
-        """The step once its draft is made, by the exit or by who else hands passes over."""
-        states = [token.exit_state_B1D for token in drafted]
-        # With a place in front, which is dropped for one at the end: so all sizes are two at least.
-        states_BTD = torch.cat([states[0], *states], dim=1)
-        torch._dynamo.mark_dynamic(states_BTD, 1, min=2, max=len(self.ahead) + 1)
-        logits_BTV = self._graph(verified)(passes, self.rows, states_BTD)
-        verdict = self._kept(speculative_step, f"after {len(drafted)} drafts")
-        return verdict(LogitsGiven(passes, drafted, logits_BTV), self.rows, len(drafted))
+        # Whether a draft's length is a symbol in the graph that verifies.
+        self.is_symbol = True
 
     def _run(self, num_speculations: int) -> StepOutcome:
-        """The step, by its graphs."""
+        """The step, by one graph for each draft, one for verification, and one from there on."""
         if not num_speculations:
             return super()._run(0)
         draft = self._graph(EagerPasses.draft)
-        return self.run(self.passes, [draft(self.passes, self.rows, one) for one in self.ahead[:num_speculations]])
+        drafted = [draft(self.passes, self.rows, ahead) for ahead in self.ahead[:num_speculations]]
+        states = [token.exit_state_B1D for token in drafted]
+        # With a place in front, which is dropped for one at the end: so that no size is ever one.
+        logits_BTV = self._verify(torch.cat([states[0], *states], dim=1))
+        rest = self._kept(speculative_step, f"after {num_speculations} drafts")
+        return rest(LogitsGiven(self.passes, drafted, logits_BTV), self.rows, num_speculations)
+
+    def _verify(self, states_BTD: Tensor) -> Tensor:
+        """The full model's logits (B, T, V)."""
+        if self.is_symbol:
+            torch._dynamo.mark_dynamic(states_BTD, 1, min=2, max=max(self.lengths) + 1)
+            try:
+                return self._graph(verified)(self.passes, self.rows, states_BTD)
+            except ConstraintViolationError:
+                # The graph would not be right for every length: there is one for each.
+                self.is_symbol, states_BTD = False, states_BTD.clone()
+        return self._kept(verified, (self._prefix, states_BTD.shape[1]))(self.passes, self.rows, states_BTD)
 
 
 def verified(passes: EagerPasses, rows: Rows, states_BTD: Tensor) -> Tensor:
