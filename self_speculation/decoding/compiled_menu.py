@@ -14,12 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from self_speculation.decoding.cell import DRAFTS
 from self_speculation.decoding.compilation import BACKEND, CompiledStep, Function
 from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.step import (
-    EagerPasses,
-    LogitsGiven,
-    StepOutcome,
-    speculative_step,
-)
+from self_speculation.decoding.step import EagerPasses, LogitsGiven, StepOutcome, speculative_step
 
 
 class CompiledMenu(CompiledStep):
