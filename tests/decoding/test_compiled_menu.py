@@ -10,8 +10,9 @@ from tiny_families import make_family, make_short
 from torch._dynamo.utils import counters
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TopKLogitsWarper
 
+from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding import compilation
+from self_speculation.decoding import adaptive_step, compilation, compiled_menu
 from self_speculation.decoding.cache import power_of_two
 from self_speculation.decoding.cell import DRAFTS, FREE, Cell
 from self_speculation.decoding.compiled_menu import CompiledMenu, verified
@@ -102,8 +103,7 @@ def test_ragged_batches_that_stay_full(
     family: str, sampling: dict[str, object], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     strategy = AdaptiveStrategy(make_short(family), RandomPolicy, "aot_eager")
-    chosen = check_same(tokenizer, strategy, RAGGED, batch_size=3, prefill_chunk=7, **sampling)
-    assert lengths_of(chosen) == set(DRAFTS)
+    check_same(tokenizer, strategy, RAGGED, batch_size=3, prefill_chunk=7, **sampling)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_an_exit_adapter(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts, plain = [prompts_of(9)[0], prompts_of(9)[0] * 4], {"compile": "none", "exit_layer": None} | GREEDY
     expected = answer(tokenizer, baseline, prompts, **plain)
     model.add_module(ATTRIBUTE, adapter)
-    strategy = AdaptiveStrategy(model, RandomPolicy, "aot_eager")
+    strategy = AdaptiveStrategy(model, RandomPolicy, "eager")
     for prompt, one in zip(prompts, expected, strict=True):
         [result] = answer(tokenizer, strategy, [prompt], **GREEDY)
         assert result.tokens == one.tokens
@@ -125,16 +125,23 @@ def test_an_exit_adapter(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 class InTurn(Policy):
-    """Every draft length, one after the other."""
+    """Every draft length, one after the other, as long as there is room."""
 
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """By the number of steps so far."""
-        return Cell(self.first, min(DRAFTS[self.steps % len(DRAFTS)], most_drafts))
+        lengths = sorted({cell.num_speculations for cell in self.seconds if cell.exit_layer == self.first})
+        return Cell(self.first, min(lengths[self.steps % len(lengths)], most_drafts))
+
+    def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
+        """Nothing is learnt."""
+        self.steps += 1
 
 
 @pytest.mark.slow
-def test_generated_code(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The same drafts, the same of them accepted, and the same draws."""
+def test_generated_code(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same drafts as in steps that are not compiled, the same of them accepted, and the same draws."""
+    for module in (adaptive_step, compiled_menu, self_speculation_generator):
+        monkeypatch.setattr(module, "DRAFTS", (0, 1, 4))
     model = make_short("qwen3")
     compiled, eager = AdaptiveStrategy(model, InTurn, "inductor"), AdaptiveStrategy(model, InTurn)
     for prompts in ALONE:
