@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep
+from self_speculation.decoding.adaptive_step import AdaptiveStep
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.cell import FREE, Cell
+from self_speculation.decoding.cell import DRAFTS, FREE, Cell
 from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 from self_speculation.decoding.policy import Expected, Policy
-from self_speculation.decoding.session import Step
+from self_speculation.decoding.session import EagerStep, Step
 from self_speculation.decoding.step import StepOutcome, StepPlan
 from self_speculation.exit_adapter import ExitAdapter
 from self_speculation.generator_base import GenerationRequest
@@ -182,7 +182,10 @@ class ScoringStrategy(AdaptiveStrategy):
             step.policy.is_scored = False  # type: ignore[attr-defined]
             return step
         watch = Watching(step.passes.kernels, sorted(step.exits))
-        exits = {exit_layer: replace(passes, kernels=watch) for exit_layer, passes in step.exits.items()}
-        scored = ScoredStep(exits, step.passes, step.rows, step.policy)
+        exits: dict[int, Step] = {
+            exit_layer: EagerStep(replace(own.passes, kernels=watch), own.rows)
+            for exit_layer, own in step.exits.items()
+        }
+        scored = ScoredStep(exits, step.resting, step.policy)
         scored.lookup, scored.watch = None, watch
         return scored

@@ -11,16 +11,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from self_speculation.advice import Recommendation, advice_for
-from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, resting, step_seconds, takes_free_drafts
-from self_speculation.decoding.cell import Cell
+from self_speculation.decoding.adaptive_step import AdaptiveStep, letting_adapter_wait
+from self_speculation.decoding.cell import DRAFTS, Cell
+from self_speculation.decoding.compiled_menu import CompiledMenu
 from self_speculation.decoding.confidence import MOST_LOOKING, ConfidentRule, look_seconds
 from self_speculation.decoding.draft_head import DraftHeads
-from self_speculation.decoding.early_exit import TorchKernels, check_exit_layer
-from self_speculation.decoding.kernels import Kernels
+from self_speculation.decoding.early_exit import check_exit_layer
+from self_speculation.decoding.free_passes import takes_free_drafts
 from self_speculation.decoding.policy import MEASURED_DRAFTS, Acceptance, Policy
-from self_speculation.decoding.rows import Rows
-from self_speculation.decoding.session import Step
-from self_speculation.decoding.step import EagerPasses, StepPlan
+from self_speculation.decoding.session import EagerStep, Step
+from self_speculation.decoding.step import StepPlan
+from self_speculation.decoding.step_costs import step_seconds
 from self_speculation.decoding.verification import GreedyRule
 from self_speculation.exit_adapter import ExitAdapter, exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest
@@ -55,10 +56,12 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
     """Begins at the given exit layer, or the recommended one, and goes where counts and the measured seconds lead.
 
     What it chooses from, and what it expects of an exit, a checkpoint may say (`advice.py`): where nothing is handed
-    over, that is asked for once. An exit adapter drafts at its own exit only: with one, E stays, and d is chosen.
-    Another `policy` may choose: it gets the seconds of every cell, the exit to begin with, and what is known of exits.
+    over, that is asked for once. An exit adapter drafts at its own exit only: with one, E stays, and d is chosen. So it
+    is with steps that torch compiles. Another `policy` may choose: it gets the seconds of every cell, the exit to begin
+    with, and what is known of exits.
     """
 
+    compiled_step = CompiledMenu
     chooses = ("exit_layer", "num_speculations")
     # Choices depend on measured times. So Leviathan's rule would draw another answer from the same seed.
     sampling = "coupled"
@@ -67,9 +70,10 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         self,
         model: PreTrainedModel,
         policy: Callable[..., Policy] = Policy,
+        backend: str | Callable[..., Any] | None = None,
         advice: Recommendation | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, backend)
         self.policy = policy
         self.given_advice = advice
         self.seconds: dict[tuple[Hashable, ...], dict[Cell, float]] = {}
@@ -107,58 +111,51 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         return self.advice.draft_lengths or DRAFTS
 
     def prepare(self, request: GenerationRequest) -> None:
-        """Measure what steps cost."""
+        """Measure what steps cost, and compile them, if that is asked for."""
         self._step(request, self.plan(request.config))
 
-    def kernels(self, config: GenerationConfig) -> Kernels:
-        """What runs the passes: of every exit, and of drafts of every length."""
-        kernels = super().kernels(config)
-        if config.compile != "none" and isinstance(kernels, TorchKernels):
-            raise ValueError(
-                "--generation_strategy adaptive: torch's compiled steps have a fixed E and d; --compile none."
-            )
-        return kernels
-
     def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
-        config, step = request.config, super()._step(request, plan)
-        lengths = self.draft_lengths(config)
-        exits = {
-            exit_layer: dataclasses.replace(step.passes, plan=dataclasses.replace(plan, exit_layer=exit_layer))
-            for exit_layer in self.exit_layers(config, plan)
-        }
+        step, config = super()._step(request, plan), request.config
+        exits = self._exits(step, config)
+        resting = exits[plan.exit_layer]
         # A conversation's tokens are read once, so nothing may have missed them.
-        is_alone = len(request.prompts) == 1 and not request.continues
-        without_drafts = resting(exits[plan.exit_layer]) if is_alone else exits[plan.exit_layer]
-        seconds = self._seconds(exits, without_drafts, request)
-        policy = self.policy(seconds, plan.exit_layer, known=self._known_of(exits))
+        if isinstance(resting, EagerStep) and len(request.prompts) == 1 and not request.continues:
+            resting = letting_adapter_wait(resting)
+        policy = self.policy(self._seconds(exits, resting, config), plan.exit_layer, known=self._known_of(exits))
         if config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
-        if self._may_stop(policy, step.rows):
-            rule = ConfidentRule(step.passes.rule)
-            exits = {exit_layer: dataclasses.replace(passes, rule=rule) for exit_layer, passes in exits.items()}
-        return AdaptiveStep(exits, without_drafts, step.rows, policy)
+        if self._may_stop(policy, step, config):
+            exits = {exit_layer: _with_rule(own, ConfidentRule(step.passes.rule)) for exit_layer, own in exits.items()}
+        return AdaptiveStep(exits, resting, policy)
 
-    def _seconds(
-        self, exits: dict[int, EagerPasses], without_drafts: EagerPasses, request: GenerationRequest
-    ) -> dict[Cell, float]:
+    def _exits(self, step: Step, config: GenerationConfig) -> dict[int, Step]:
+        """A step for each exit to choose; where each takes minutes to compile, for the one to begin with."""
+        plan = step.passes.plan
+        if not isinstance(step, EagerStep):
+            return {plan.exit_layer: step}
+        plans = {
+            exit_layer: dataclasses.replace(plan, exit_layer=exit_layer)
+            for exit_layer in self.exit_layers(config, plan)
+        }
+        return {
+            exit_layer: dataclasses.replace(step, passes=dataclasses.replace(step.passes, plan=own))
+            for exit_layer, own in plans.items()
+        }
+
+    def _seconds(self, exits: dict[int, Step], resting: Step, config: GenerationConfig) -> dict[Cell, float]:
         """What steps cost: measured once for requests like this one."""
-        plan, kernels, num_rows, sample = (
-            without_drafts.plan,
-            without_drafts.kernels,
-            request.num_rows,
-            request.config.sample,
-        )
-        key = (num_rows, *exits, plan.draft_head, type(kernels), type(exits[plan.exit_layer].kernels), sample)
+        passes, lengths = exits[resting.passes.plan.exit_layer].passes, self.draft_lengths(config)
+        how = (resting.is_fixed and config.compile, type(passes.kernels), type(resting.passes.kernels), config.sample)
+        key = (len(resting.rows.lengths_B), *exits, lengths, passes.plan.draft_head, *how)
         if key not in self.seconds:
-            self.seconds[key] = step_seconds(
-                exits, without_drafts, num_rows, sample, self.draft_lengths(request.config)
-            )
+            self.seconds[key] = step_seconds(exits, resting, lengths)
         return self.seconds[key]
 
-    def _may_stop(self, policy: Policy, rows: Rows) -> bool:
-        """Whether drafts may stop: those of one row, where looking how sure they are costs little."""
-        is_cheap = self.look_seconds <= MOST_LOOKING * policy.draft_seconds(policy.first)
-        return policy.stops and is_cheap and takes_free_drafts(rows) and rows.lengths_B.device.type == "cpu"
+    def _may_stop(self, policy: Policy, step: Step, config: GenerationConfig) -> bool:
+        """Whether drafts may stop: of one row, of open length, where looking how sure they are costs little."""
+        may = policy.stops and isinstance(step, EagerStep) and len(self.draft_lengths(config)) > 2
+        is_near = takes_free_drafts(step.rows) and step.rows.lengths_B.device.type == "cpu"
+        return may and is_near and self.look_seconds <= MOST_LOOKING * policy.draft_seconds(policy.first)
 
     def _known_of(self, exits: Iterable[int]) -> dict[int, Acceptance]:
         """What the checkpoint says of exits."""
@@ -168,6 +165,10 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             for exit_layer in exits
             if exit_layer in said
         }
+
+
+def _with_rule(step: Step, rule: ConfidentRule) -> EagerStep:
+    return EagerStep(dataclasses.replace(step.passes, rule=rule), step.rows)
 
 
 class OpenStrategy(AdaptiveStrategy):

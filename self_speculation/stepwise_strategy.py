@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
-from self_speculation.decoding.compilation import BACKEND, CompiledSteps
+from self_speculation.decoding.compilation import BACKEND, CompiledStep, CompiledSteps
 from self_speculation.decoding.early_exit import TorchKernels, num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.kernels import Kernels
@@ -37,6 +37,7 @@ class StepwiseStrategy(GenerationStrategy):
     """
 
     keeps_batches_full = True
+    compiled_step: type[CompiledStep] = CompiledStep
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] | None = None) -> None:
         check_supported(model)
@@ -106,7 +107,7 @@ class StepwiseStrategy(GenerationStrategy):
         passes = EagerPasses(self.model, plan, rule, request.all_processors(), kernels)
         is_compiled = config.compile != "none" and isinstance(kernels, TorchKernels)
         if is_compiled and not passes.processors:
-            return self.compiled_steps.get(request, passes)
+            return self.compiled_steps.get(request, passes, self.compiled_step)
         return EagerStep(passes, self._rows(request, plan))
 
     def kernels(self, config: GenerationConfig) -> Kernels:

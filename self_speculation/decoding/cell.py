@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 # The exit layer of cells whose drafts cost nothing (`decoding/lookup.py`): no layer drafts.
 FREE = 0
+# A policy's draft lengths.
+DRAFTS = (0, 1, 2, 3, 4, 6, 8)
 
 
 class Source(StrEnum):

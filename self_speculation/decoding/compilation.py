@@ -5,7 +5,7 @@ visible prefix of the cache is a symbol, on CUDA there is a graph for each power
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from self_speculation.decoding.cache import BUCKET, PositionAddressedCache, power_of_two, round_up
 from self_speculation.decoding.early_exit import num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse, weight_version
-from self_speculation.decoding.prefill import prefill
+from self_speculation.decoding.prefill import prefill_zeros
 from self_speculation.decoding.request import GenerationRequest, RowStep
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import DraftGiven, EagerPasses, StepOutcome, speculative_step
@@ -47,12 +47,15 @@ class CompiledStep:
         self.is_captured = rows.lengths_B.device.type == "cuda"
         # As tensors, so that one graph drafts every token.
         self.ahead = torch.arange(passes.plan.num_speculations, device=rows.lengths_B.device).unbind()
-        self.graphs: dict[tuple[int, Function], Function] = {}
+        self.lengths = [passes.plan.num_speculations]
+        self.graphs: dict[tuple[Hashable, Function], Function] = {}
+        # One memory for what is captured: one step runs at a time, and its outcome is read before the next.
+        self.pool = torch.cuda.graph_pool_handle() if self.is_captured else None
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, StepOutcome]] = {}
         self.warm: set[int] = set()
 
     def __call__(self, num_speculations: int) -> StepOutcome:
-        """Draft d tokens, verify, commit; the step was compiled for this d."""
+        """Draft d tokens, verify, commit; d is one of the `lengths` that the step was compiled for."""
         if not self.is_captured:
             return self._run(num_speculations)
         graph, outcome = self.captured[self.rows.cache.visible, num_speculations]
@@ -68,7 +71,7 @@ class CompiledStep:
         if not missing:
             return
         plan = self.passes.plan
-        name = f"step of {plan.exit_layer} layers and {plan.num_speculations} drafts"
+        name = f"step of {plan.exit_layer} layers and {', '.join(map(str, self.lengths))} drafts"
         with Console(stderr=True).status(f"Compiling the {name}: minutes at first, then kept on disk …"):
             try:
                 for visible in missing:
@@ -85,16 +88,15 @@ class CompiledStep:
 
     def _warm_up_bucket(self, visible: int) -> None:
         """Run on prompts of two zeros, whose prefill allocates the cache."""
-        num_rows, num_speculations = len(self.rows.lengths_B), self.passes.plan.num_speculations
-        for _ in range(WARM_UP_RUNS):
-            self.rows.begin([[0, 0]] * num_rows, [3] * num_rows, keys=[0] * num_rows)
-            prefill(self.passes, self.rows)
-            self.rows.cache.see(visible)
-            if not self.is_captured:
-                torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
-            self._run(num_speculations)
-        if self.is_captured:
-            self.captured[visible, num_speculations] = self._capture(num_speculations)
+        for num_speculations in self.lengths:
+            for _ in range(WARM_UP_RUNS):
+                prefill_zeros(self.passes, self.rows)
+                self.rows.cache.see(visible)
+                if not self.is_captured:
+                    torch._dynamo.mark_dynamic(self.rows.cache.positions_W, 0)
+                self._run(num_speculations)
+            if self.is_captured:
+                self.captured[visible, num_speculations] = self._capture(num_speculations)
         self.warm.add(visible)
 
     def _run(self, num_speculations: int) -> StepOutcome:
@@ -105,7 +107,16 @@ class CompiledStep:
 
     def _graph(self, function: Function) -> Function:
         """The function's graph for what is visible now."""
-        key = (self.rows.cache.visible if self.is_captured else 0, function)
+        return self._kept(function, self._prefix)
+
+    @property
+    def _prefix(self) -> int:
+        """The visible prefix that graphs are for; zero where it is a symbol in them."""
+        return self.rows.cache.visible if self.is_captured else 0
+
+    def _kept(self, function: Function, kind: Hashable) -> Function:
+        """The function's graph of some kind."""
+        key = (kind, function)
         if key not in self.graphs:
             self.graphs[key] = compiled(function, self.mode, self.backend)
         return self.graphs[key]
@@ -114,7 +125,7 @@ class CompiledStep:
         """The whole step as one CUDA graph over the rows' tensors, and where it puts its outcome."""
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             outcome = self._run(num_speculations)
         return graph, outcome
 
@@ -132,7 +143,9 @@ class CompiledSteps:
         self.steps: dict[tuple[Any, ...], CompiledStep] = {}
         self.weights: list[tuple[int, int]] = []
 
-    def get(self, request: GenerationRequest, passes: EagerPasses) -> CompiledStep:
+    def get(
+        self, request: GenerationRequest, passes: EagerPasses, kind: type[CompiledStep] = CompiledStep
+    ) -> CompiledStep:
         """The step for requests like this one, warmed up now or earlier."""
         fuse(self.model)
         self._forget_other_weights()
@@ -140,9 +153,9 @@ class CompiledSteps:
         longest = max(request.limits(self.model.config.max_position_embeddings))
         rows = self._rows(request.num_rows, longest, room, config.sample)
         sampling = (config.sampling, config.temperature, config.top_k, config.top_p) if config.sample else None
-        key = (id(rows), sampling, config.compile, passes.plan)
+        key = (id(rows), sampling, config.compile, passes.plan, kind)
         if key not in self.steps:
-            self.steps[key] = CompiledStep(passes, rows, config.compile, self.backend)
+            self.steps[key] = kind(passes, rows, config.compile, self.backend)
         self.steps[key].warm_up(longest + room)
         return self.steps[key]
 

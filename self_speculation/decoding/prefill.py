@@ -30,6 +30,13 @@ def prefill(passes: "EagerPasses", rows: Rows, chunk: int | None = None, num_cac
         _prefill(passes, part, chunk, num_cached)
 
 
+def prefill_zeros(passes: "EagerPasses", rows: Rows) -> None:
+    """Begin with prompts of two zeros, for what depends on no tokens: compiling, and timing."""
+    num_rows = len(rows.lengths_B)
+    rows.begin([[0, 0]] * num_rows, [rows.cache.capacity] * num_rows, keys=[0] * num_rows)
+    prefill(passes, rows)
+
+
 def _prefill(passes: "EagerPasses", rows: Rows, chunk: int | None, num_cached: int) -> None:
     """Over right-padded prompts."""
     plan, kernels = passes.plan, passes.kernels

@@ -109,11 +109,19 @@ class EagerPasses:
 
         The last token, drafted or pending, has no exit state yet: layers [0, E) read it first.
         """
-        last_state_B1D = self._exit_states(rows, positions_BT[:, -1:])
+        last_state_B1D = self.last_state(rows, positions_BT[:, -1:])
+        return self.catch_up(rows, positions_BT, torch.cat([*exit_states, last_state_B1D], dim=1))
+
+    def last_state(self, rows: Rows, position_B1: Tensor) -> Tensor:
+        """The last token's exit state (B, 1, D)."""
+        exit_state_B1D = self._exit_states(rows, position_B1)
         if self.plan.adapter is not None:
             # Its cache, too, must hold the last token, should all drafts be accepted.
-            self.kernels.run_adapter(self.plan.adapter, last_state_B1D, positions_BT[:, -1:], rows.cache)
-        exit_states_BTD = torch.cat([*exit_states, last_state_B1D], dim=1)
+            self.kernels.run_adapter(self.plan.adapter, exit_state_B1D, position_B1, rows.cache)
+        return exit_state_B1D
+
+    def catch_up(self, rows: Rows, positions_BT: Tensor, exit_states_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of the full model, whose layers [E, L) go on from the exit states."""
         layers = range(self.plan.exit_layer, self.plan.num_layers)
         hidden_BTD = forward_remainder(self.kernels, exit_states_BTD, layers, positions_BT, rows.cache)
         return self.processed(rows, self.kernels.logits(hidden_BTD, self.model.model.norm), positions_BT)
@@ -157,6 +165,17 @@ class DraftGiven:
     def verify(self, rows: Rows, positions_BT: Tensor, exit_states: list[Tensor]) -> Tensor:
         """The full model's logits (B, T, V)."""
         return self.passes.verify(rows, positions_BT, exit_states)
+
+
+@dataclass(frozen=True)
+class LogitsGiven(DraftGiven):
+    """Passes that are over, so that the step begins with the verdict."""
+
+    logits_BTV: Tensor
+
+    def verify(self, rows: Rows, positions_BT: Tensor, exit_states: list[Tensor]) -> Tensor:
+        """What was found there."""
+        return self.logits_BTV
 
 
 class RowOutcome(NamedTuple):

@@ -28,6 +28,8 @@ SAMPLED = {"sample": True, "temperature": 1.3}
 class Anything(Policy):
     """Any cell that there is room for; free drafts whenever there are any, every second time."""
 
+    stops = False
+
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         own = [cell for cell in self.seconds if cell.exit_layer != FREE and cell.num_speculations <= most_drafts]
         num_free = min(len(free.tokens), most_drafts)
@@ -128,7 +130,7 @@ def test_a_checkpoint_says_what_to_choose_from_and_to_expect(
     assert known[3][1] < MEASURED_DRAFTS
     assert 5 not in known
     # What is handed over comes first: the recommendation for a task.
-    advised = AdaptiveStrategy(model, Kept, Recommendation(5, 1, "test", draft_lengths=(0, 1)))
+    advised = AdaptiveStrategy(model, Kept, advice=Recommendation(5, 1, "test", draft_lengths=(0, 1)))
     decode(advised, PROMPTS[:2])
     assert policies[-1].first == 5
     assert {cell.num_speculations for cell in policies[-1].seconds} == {0, 1}
@@ -143,7 +145,7 @@ def test_a_prior_that_was_measured_weighs_more() -> None:
 
 
 def test_other_exits_are_tried_with_the_shortest_draft_there_is() -> None:
-    seconds = {Cell(exit_layer, d): 10 + d * exit_layer for exit_layer in (1, 2) for d in (0, 3)}
+    seconds = {Cell(exit_layer, d): 10 + 0.1 * d * exit_layer for exit_layer in (1, 2) for d in (0, 3)}
     policy = Policy(seconds, first=1, known={1: Acceptance(0.9)}, elapsed=1e6)
     assert policy.choose(3) == Cell(2, 3)
     # There is no room for one.

@@ -11,13 +11,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.adaptive_step import evened_out
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.confidence import ConfidentRule
 from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
+from self_speculation.decoding.step_costs import evened_out
 from self_speculation.decoding.verification import Draft, GreedyRule
 from self_speculation.decoding.width_invariant import WidthInvariantKernels
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
@@ -417,11 +417,6 @@ def test_steps_are_timed_once(make_model: MakeModel, answer: Callable[..., list[
     assert len(strategy.seconds) == 2
     assert all(seconds > 0 for menu in strategy.seconds.values() for seconds in menu.values())
     assert [{cell.exit_layer for cell in menu} for menu in strategy.seconds.values()] == [{FREE, 1, 2, 3}, {1, 2, 3}]
-
-
-def test_compiled_steps_are_refused(make_model: MakeModel, answer: Callable[..., list[list[int]]]) -> None:
-    with pytest.raises(ValueError, match=r"--generation_strategy adaptive: .* --compile none"):
-        answer(AdaptiveStrategy(make_model(attention_bias=True)), prompts_of(9), compile="default")
 
 
 def test_a_model_of_one_layer_has_nothing_to_choose(
