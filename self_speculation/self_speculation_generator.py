@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from self_speculation.decoding.adaptive_step import DRAFTS, AdaptiveStep, step_seconds
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.draft_head import DraftHeads
-from self_speculation.decoding.early_exit import TorchKernels, check_exit_layer
+from self_speculation.decoding.early_exit import check_exit_layer
 from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.session import Step
@@ -70,7 +70,7 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
     def kernels(self, config: GenerationConfig) -> Kernels:
         """What runs the passes: of every exit, and of drafts of every length."""
         kernels = super().kernels(config)
-        if config.compile != "none" and isinstance(kernels, TorchKernels):
+        if config.compile != "none" and kernels.backend is not None:
             raise ValueError(
                 "--generation_strategy adaptive: torch's compiled steps have a fixed E and d; --compile none."
             )
