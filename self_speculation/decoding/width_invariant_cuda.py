@@ -39,7 +39,7 @@ class TritonKernels(PlainLlamaKernels):
             read_head(head_VD[None, :1], norm_D, head_VD[:1], model.config.rms_norm_eps)
         # Its errors, and those of the compiler behind it, are of many kinds.
         except Exception as error:
-            return f"the passes could not be built by Triton ({str(error).strip().partition(chr(10))[0]})"
+            return f"the passes could not be built by Triton ({str(error).strip().rpartition(chr(10))[2]})"
         return None
 
     def run_layers(

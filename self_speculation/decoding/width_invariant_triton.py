@@ -254,11 +254,11 @@ def _attend(tensors: tl.tuple, length: tl.tensor, sizes: tl.tuple, BLOCK: tl.con
         is_seen = seen <= position
         place = cached + seen[:, None] * head_dim + columns[None, :]
         is_read = is_seen[:, None] & is_own[None, :]
-        keys_JK = _widen(tl.load(keys + place, mask=is_read, other=0.0))
+        keys_JK = tl.load(keys + place, mask=is_read, other=0.0).to(query_K.dtype)
         scores_J = tl.where(is_seen, tl.sum(keys_JK * query_K[None, :], axis=1) * scale, float("-inf"))
         greatest = tl.maximum(most, tl.max(scores_J))
         kept, powers_J = tl.exp(most - greatest), tl.exp(scores_J - greatest)
-        values_JK = _widen(tl.load(values + place, mask=is_read, other=0.0))
+        values_JK = tl.load(values + place, mask=is_read, other=0.0).to(query_K.dtype)
         total = total * kept + tl.sum(powers_J)
         attended_K = attended_K * kept + tl.sum(powers_J[:, None] * values_JK, axis=0)
         most = greatest
