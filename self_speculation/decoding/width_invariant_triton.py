@@ -176,7 +176,9 @@ def _rows(matrix: tl.tensor, first: tl.tensor, last: tl.tensor, size: tl.tensor,
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _multiply(tensors: tl.tuple, num_rows: tl.tensor, sizes: tl.tuple, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _multiply(
+    tensors: tl.tuple, num_rows: tl.tensor, sizes: tl.tuple, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     x_MD, weight_OD, added_MO, result_MO = tensors
     size_O, size_D = sizes
     row, output = tl.program_id(0) * ROWS, tl.program_id(1) * OUTPUTS
