@@ -1,7 +1,7 @@
 # docker build -t layerskip . && docker run -it --gpus all layerskip
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
-# g++ and Python's headers are for --compile. Ubuntu 24.04 has a user "ubuntu" with the id 1000.
+# g++ and Python's headers are for --compile and --exact. Ubuntu 24.04 has a user "ubuntu" with the id 1000.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         ca-certificates g++ python3.12 python3.12-dev python3.12-venv \

@@ -11,17 +11,19 @@ import torch
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
-from self_speculation.decoding.compilation import BACKEND, CompiledStep, CompiledSteps
+from self_speculation.decoding.compilation import CompiledStep, CompiledSteps
 from self_speculation.decoding.early_exit import TorchKernels, num_caches, token_device
 from self_speculation.decoding.fused_layers import fuse
 from self_speculation.decoding.kernels import Kernels
+from self_speculation.decoding.plain_llama import PlainLlamaKernels
 from self_speculation.decoding.prefill import prefill
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.sampling import warpers
 from self_speculation.decoding.session import EagerStep, Session, Step
 from self_speculation.decoding.step import EagerPasses, StepPlan
 from self_speculation.decoding.verification import CoupledRule, GreedyRule, SamplingRule, VerificationRule
-from self_speculation.decoding.width_invariant import WidthInvariantKernels, why_not
+from self_speculation.decoding.width_invariant import WidthInvariantKernels
+from self_speculation.decoding.width_invariant_cuda import TritonKernels
 from self_speculation.families import check_supported
 from self_speculation.generator_base import GenerationConfig, GenerationRequest, GenerationStep, GenerationStrategy
 
@@ -42,8 +44,8 @@ class StepwiseStrategy(GenerationStrategy):
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] | None = None) -> None:
         check_supported(model)
         super().__init__(model)
-        self.compiled_steps = CompiledSteps(model, backend or BACKEND)
-        self.takes_own_kernels = backend is None
+        self.compiled_steps = CompiledSteps(model)
+        self.backend = backend
         # The rows of a conversation, and by which plan their tokens were cached.
         self.kept: Rows | None = None
         self.plan_of_kept: StepPlan | None = None
@@ -105,9 +107,8 @@ class StepwiseStrategy(GenerationStrategy):
         config, kernels = request.config, self.kernels(request.config)
         rule = verification_rule(config, self.sampling)
         passes = EagerPasses(self.model, plan, rule, request.all_processors(), kernels)
-        is_compiled = config.compile != "none" and isinstance(kernels, TorchKernels)
-        if is_compiled and not passes.processors:
-            return self.compiled_steps.get(request, passes, self.compiled_step)
+        if config.compile != "none" and kernels.backend is not None and not passes.processors:
+            return self.compiled_steps.get(request, passes, self.backend or kernels.backend, self.compiled_step)
         return EagerStep(passes, self._rows(request, plan))
 
     def kernels(self, config: GenerationConfig) -> Kernels:
@@ -117,10 +118,11 @@ class StepwiseStrategy(GenerationStrategy):
             ValueError: exactness is asked for, and cannot be had.
         """
         fuse(self.model)
-        is_wanted = config.exact or (config.compile != "none" and self.takes_own_kernels)
-        if not is_wanted or (not config.exact and why_not(self.model) is not None):
-            return TorchKernels(self.model)
-        return WidthInvariantKernels.of(self.model)
+        own = own_kernels(self.model)
+        replaces_compiling = config.compile != "none" and self.backend is None and own.backend is None
+        if config.exact or (replaces_compiling and own.why_not(self.model) is None):
+            return own.of(self.model)
+        return TorchKernels(self.model)
 
     def _rows(self, request: GenerationRequest, plan: StepPlan) -> Rows:
         """Rows for the request: a conversation's own while they have room, else new ones, of twice its size."""
@@ -131,6 +133,11 @@ class StepwiseStrategy(GenerationStrategy):
             capacity = power_of_two(capacity)
         cache = PositionAddressedCache(num_caches(self.model), capacity, token_device(self.model))
         return Rows.empty(cache, request.num_rows, request.config.sample)
+
+
+def own_kernels(model: PreTrainedModel) -> type[PlainLlamaKernels]:
+    """Our own kernels for the device that the model begins on."""
+    return TritonKernels if token_device(model).type == TritonKernels.device_type else WidthInvariantKernels
 
 
 def verification_rule(

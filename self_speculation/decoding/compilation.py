@@ -23,7 +23,6 @@ from self_speculation.decoding.step import DraftGiven, EagerPasses, StepOutcome,
 
 Function = Callable[..., Any]
 
-BACKEND = "inductor"
 # Runs before a graph is captured: the first compiles, libraries allocate their workspaces in the second.
 WARM_UP_RUNS = 2
 # A compiled step's rows hold the model's whole context, if it is no longer than this.
@@ -39,7 +38,7 @@ class CompiledStep:
 
     is_fixed = True
 
-    def __init__(self, passes: EagerPasses, rows: Rows, mode: str, backend: str | Function = BACKEND) -> None:
+    def __init__(self, passes: EagerPasses, rows: Rows, mode: str, backend: str | Function) -> None:
         self.passes = passes
         self.rows = rows
         self.mode = mode
@@ -136,26 +135,29 @@ class CompiledSteps:
     They are kept by what they depend on; when the model's weights have moved or changed they are made anew.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str | Function = BACKEND) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.backend = backend
         self.rows: dict[tuple[Any, ...], Rows] = {}
         self.steps: dict[tuple[Any, ...], CompiledStep] = {}
         self.weights: list[tuple[int, int]] = []
 
     def get(
-        self, request: GenerationRequest, passes: EagerPasses, kind: type[CompiledStep] = CompiledStep
+        self,
+        request: GenerationRequest,
+        passes: EagerPasses,
+        backend: str | Function,
+        kind: type[CompiledStep] = CompiledStep,
     ) -> CompiledStep:
-        """The step for requests like this one, warmed up now or earlier."""
+        """The step for requests like this one, warmed up now or earlier; `backend` is torch.compile's."""
         fuse(self.model)
         self._forget_other_weights()
         config, room = request.config, passes.plan.num_speculations + 1
         longest = max(request.limits(self.model.config.max_position_embeddings))
         rows = self._rows(request.num_rows, longest, room, config.sample)
         sampling = (config.sampling, config.temperature, config.top_k, config.top_p) if config.sample else None
-        key = (id(rows), sampling, config.compile, passes.plan, kind)
+        key = (id(rows), sampling, config.compile, passes.plan, backend, kind)
         if key not in self.steps:
-            self.steps[key] = kind(passes, rows, config.compile, self.backend)
+            self.steps[key] = kind(passes, rows, config.compile, backend)
         self.steps[key].warm_up(longest + room)
         return self.steps[key]
 
@@ -181,7 +183,7 @@ class CompiledSteps:
         return self.rows[key]
 
 
-def compiled(function: Function, mode: str, backend: str | Function = BACKEND) -> Function:
+def compiled(function: Function, mode: str, backend: str | Function) -> Function:
     """The function as a graph of its own, compiled at its first call.
 
     Nothing is checked later: it is for that call's model and rows alone, whose weights `CompiledSteps` looks at itself.

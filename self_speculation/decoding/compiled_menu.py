@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from self_speculation.decoding.cell import DRAFTS
-from self_speculation.decoding.compilation import BACKEND, CompiledStep, Function
+from self_speculation.decoding.compilation import CompiledStep, Function
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, LogitsGiven, StepOutcome, speculative_step
 
@@ -24,7 +24,7 @@ class CompiledMenu(CompiledStep):
         ValueError: the steps cannot be compiled here.
     """
 
-    def __init__(self, passes: EagerPasses, rows: Rows, mode: str, backend: str | Function = BACKEND) -> None:
+    def __init__(self, passes: EagerPasses, rows: Rows, mode: str, backend: str | Function) -> None:
         super().__init__(passes, rows, mode, backend)
         # The longest first: compilers take a length of one or two, where they first see it, for a special case.
         longest = passes.plan.num_speculations

@@ -59,7 +59,7 @@ class GenerationConfig(Settings):
         help="Compile the step: seconds for a plain Llama on a CPU, and exact; else a minute at first. max also tunes.",
     )
     exact: bool = setting(
-        False, help="Output is autoregressive decoding's, bit for bit, in any dtype and batch (plain Llamas on CPUs)."
+        False, help="Output is autoregressive decoding's, bit for bit, in any dtype and batch (plain Llamas)."
     )
     draft_vocab: int | None = setting(
         None,

@@ -140,6 +140,7 @@ class TorchKernels:
     """The layers as torch runs them, written or compiled, on every device."""
 
     model: PreTrainedModel
+    backend: str = "inductor"
 
     def run_layers(self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: KeyValueStore) -> Tensor:
         """What leaves the layers (B, T, D)."""

@@ -26,6 +26,10 @@ class Kernels(Protocol):
     def model(self) -> PreTrainedModel:
         """The model."""
 
+    @property
+    def backend(self) -> str | None:
+        """What torch compiles a step of these passes with; None where they are what that would come to."""
+
     def run_layers(
         self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: "PositionAddressedCache"
     ) -> Tensor:

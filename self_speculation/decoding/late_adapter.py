@@ -29,6 +29,11 @@ class LateAdapterKernels:
         """The model."""
         return self.kernels.model
 
+    @property
+    def backend(self) -> str | None:
+        """What torch compiles a step of these passes with."""
+        return self.kernels.backend
+
     def run_layers(
         self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
     ) -> Tensor:

@@ -15,29 +15,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.fused_layers import FusedLayer, fuse, fused_layer
+from self_speculation.decoding.fused_layers import FusedLayer, fused_layer
 from self_speculation.decoding.large_pages import Arena
-from self_speculation.exit_adapter import ExitAdapter
-from self_speculation.families import family_of
+from self_speculation.decoding.plain_llama import PlainLlamaKernels, buffers, layers_of, pointers, weights_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# The model's attribute that holds its kernels.
-ATTRIBUTE = "width_invariant"
-# The family that the library is written for.
-FAMILY = "llama"
-# Each with the type in which its sums are taken.
-WIDE = {
-    torch.float64: torch.float64,
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
 
 
 class _Layer(ctypes.Structure):
@@ -60,40 +46,32 @@ class _Pass(ctypes.Structure):
     ]
 
 
-class WidthInvariantKernels:
-    """Runs the layers and the LM head of one model, whose matrices are moved into one piece of memory.
+class WidthInvariantKernels(PlainLlamaKernels):
+    """Runs the layers and the LM head of one model, whose matrices are moved into one piece of memory."""
 
-    Raises:
-        ValueError: the model is not plain enough, or there is no C++ compiler.
-    """
+    device_type = "cpu"
+    # They are what compiling would come to.
+    backend = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        fuse(model)
-        reason = why_not(model)
-        if reason is not None:
-            raise ValueError(f"--exact True: {reason}.")
-        self.model = model
-        self.dtype = model.model.norm.weight.dtype
+        super().__init__(model)
         move_into_large_pages(model)
-        self.pointers = _pointers(model)
-        self.fused = sorted(filter(None, map(fused_layer, _layers(model))), key=lambda layer: layer.index)
+        self.pointers = pointers(model)
         self.layers = (_Layer * len(self.fused))(*map(_weights_of, self.fused))
         self.caches: list[Tensor | None] = []
-        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.table: tuple[Tensor, Tensor] | None = None
         name = str(self.dtype).removeprefix("torch.")
         self.run, self.read = (getattr(_library(), f"{function}_{name}") for function in ("run_layers", "read_head"))
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "WidthInvariantKernels":
-        """The model's kernels: made once, and anew when its weights were moved since."""
-        known = vars(model).get(ATTRIBUTE)
-        if known is None or known.pointers != _pointers(model):
-            known = vars(model)[ATTRIBUTE] = cls(model)
-        return known
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A model that is copied, or sent to another process, has weights elsewhere, and no kernels yet."""
-        return type(None), ()
+    def why_not_built(cls, model: PreTrainedModel) -> str | None:
+        """Why there is no library."""
+        try:
+            _library()
+        # The compiler's errors are of many kinds, and private.
+        except Exception as error:
+            return f"the passes could not be built by a C++ compiler ({str(error).strip().partition(chr(10))[0]})"
+        return None
 
     def run_layers(
         self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
@@ -134,26 +112,17 @@ class WidthInvariantKernels:
         )
         return result_BTD
 
-    def run_adapter(
-        self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: PositionAddressedCache
-    ) -> Tensor:
-        """What leaves an exit adapter's layer (B, T, D), the one after the model's last."""
-        last = self.model.config.num_hidden_layers
-        return self.run_layers(exit_states_BTD, range(last, last + 1), positions_BT, cache)
-
-    def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: DraftHead | None = None) -> Tensor:
-        """Logits (B, T, V) of hidden states: a norm, then the LM head, or the one that drafts."""
-        head_VD: Tensor = self.model.lm_head.weight if draft_head is None else draft_head.rows_ND
-        hidden_BTD, weight_D = hidden_BTD.contiguous(), norm.get_parameter("weight")
+    def read_head(self, hidden_BTD: Tensor, norm_D: Tensor, head_VD: Tensor) -> Tensor:
+        """Logits (B, T, V) of hidden states: a norm with these weights, then the rows of an LM head."""
+        hidden_BTD = hidden_BTD.contiguous()
         logits_BTV = hidden_BTD.new_empty(*hidden_BTD.shape[:2], len(head_VD))
+        tensors = (hidden_BTD, norm_D, head_VD, logits_BTV)
         self.read(
-            *map(
-                ctypes.c_void_p, (hidden_BTD.data_ptr(), weight_D.data_ptr(), head_VD.data_ptr(), logits_BTV.data_ptr())
-            ),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
             ctypes.c_double(self.model.config.rms_norm_eps),
             *map(ctypes.c_int64, (hidden_BTD.shape[:2].numel(), *head_VD.shape, torch.get_num_threads())),
         )
-        return logits_BTV if draft_head is None else draft_head.spread(logits_BTV)
+        return logits_BTV
 
     def _attach(self, cache: PositionAddressedCache, hidden_BTD: Tensor) -> None:
         """Point the layers at a cache, whose tensors change when rows leave a batch or another one begins."""
@@ -162,23 +131,20 @@ class WidthInvariantKernels:
         ):
             return
         for fused, layer in zip(self.fused, self.layers, strict=True):
-            like = hidden_BTD.new_empty(len(hidden_BTD), fused.num_key_heads, 0, fused.head_dim)
-            keys, values = cache.buffers(fused.index, like, like)
+            keys, values = buffers(cache, fused, hidden_BTD)
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         self.caches = [*cache.keys, *cache.values]
 
     def _rotary(self, capacity: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (C, K) of the rotary embedding for all positions, in the type of the sums."""
-        if self.rotary is None or len(self.rotary[0]) < capacity:
-            sample, positions_1C = torch.empty(0, dtype=WIDE[self.dtype]), torch.arange(capacity)[None]
-            cosines_1CK, sines_1CK = self.model.model.rotary_emb(sample, position_ids=positions_1C)
-            self.rotary = cosines_1CK[0].contiguous(), sines_1CK[0].contiguous()
-        return self.rotary
+        """The rotary embedding's table, which is kept."""
+        if self.table is None or len(self.table[0]) < capacity:
+            self.table = self.rotary(capacity)
+        return self.table
 
 
 def move_into_large_pages(model: PreTrainedModel) -> None:
     """Let a model's matrices lie side by side; its parameters stay what they are, elsewhere."""
-    layers = [(layer, fused) for layer in _layers(model) if (fused := fused_layer(layer)) is not None]
+    layers = [(layer, fused) for layer in layers_of(model) if (fused := fused_layer(layer)) is not None]
     head = model.lm_head.weight
     arena = Arena([head, *(matrix for _, fused in layers for matrix in fused.matrices())])
     for layer, fused in layers:
@@ -186,53 +152,8 @@ def move_into_large_pages(model: PreTrainedModel) -> None:
     head.data = arena.place(head.data)
 
 
-def why_not(model: PreTrainedModel) -> str | None:
-    """Why a model, whose layers were fused, cannot be run by these kernels, in half a sentence; None if it can."""
-    if model.config.model_type != FAMILY:
-        return f"{family_of(model).name} models have no passes whose width does not matter, only Llama models have"
-    head, norm = model.lm_head, model.model.norm
-    weights = [
-        norm.weight,
-        head.weight,
-        *(parameter for layer in model.model.layers for parameter in layer.parameters()),
-    ]
-    if any(weight.device.type != "cpu" for weight in weights):
-        return "only a model that is on the CPU as a whole has passes whose width does not matter"
-    is_plain = type(norm) is LlamaRMSNorm and type(head) is nn.Linear and head.bias is None
-    if not is_plain or any(fused_layer(layer) is None for layer in _layers(model)):
-        return "this model has other modules than a plain Llama's, or hooks"
-    dtypes = {weight.dtype for weight in weights}
-    if len(dtypes) > 1 or not dtypes <= WIDE.keys():
-        return f"this model's weights are not all of one of {', '.join(map(str, WIDE))}".replace("torch.", "")
-    if not all(weight.is_contiguous() for weight in weights):
-        return "this model has a weight that does not lie in one piece"
-    try:
-        _library()
-    # The compiler's errors are of many kinds, and private.
-    except Exception as error:
-        return f"the passes could not be built by a C++ compiler ({str(error).strip().partition(chr(10))[0]})"
-    return None
-
-
-def _layers(model: PreTrainedModel) -> list[Any]:
-    """The model's decoder layers, and its exit adapter's."""
-    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
-
-
-def _pointers(model: PreTrainedModel) -> list[int]:
-    return [weight.data_ptr() for weight in model.parameters()]
-
-
 def _weights_of(layer: FusedLayer) -> _Layer:
-    weights = (
-        layer.attention_norm.weight,
-        layer.heads,
-        layer.attention_out,
-        layer.mlp_norm.weight,
-        layer.gate_up,
-        layer.mlp_out,
-    )
-    return _Layer(*(weight.data_ptr() for weight in weights), None, None)
+    return _Layer(*(weight.data_ptr() for weight in weights_of(layer)), None, None)
 
 
 @once

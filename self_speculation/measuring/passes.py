@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from self_speculation.decoding.cell import Cell
 from self_speculation.decoding.compilation import Function, compiled
-from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.decoding.session import Session
 from self_speculation.decoding.step import DraftGiven, EagerPasses, speculative_step
 from self_speculation.exit_adapter import exit_adapter
@@ -100,10 +99,10 @@ def _passes(session: Session, cells: Sequence[Cell], config: GenerationConfig) -
     """The passes, by the kernels that decoding has, and compiled if decoding is."""
     rows, own = session.step.rows, session.step.passes
     kernels = SelfSpeculativeStrategy(own.model).kernels(config)
-    is_compiled = config.compile != "none" and isinstance(kernels, TorchKernels)
+    backend = None if config.compile == "none" else kernels.backend
 
     def prepared(function: Function, *arguments: object) -> Callable[[], object]:
-        return partial(compiled(function, config.compile) if is_compiled else function, *arguments)
+        return partial(function if backend is None else compiled(function, config.compile, backend), *arguments)
 
     timed: Runs = {}
     for cell in cells:

@@ -52,11 +52,11 @@ def random_tokens(batch: int, length: int) -> Tensor:
 def read(kernels: Kernels, tokens_BT: Tensor, widths: Iterator[int], with_head: bool = True) -> Tensor:
     """Logits (B, T, V) of tokens that are read in passes of the given widths; or what leaves the last layer."""
     model = kernels.model
-    cache = PositionAddressedCache(num_caches(model), tokens_BT.shape[1])
+    cache = PositionAddressedCache(num_caches(model), tokens_BT.shape[1], tokens_BT.device)
     logits, first = [], 0
     while first < tokens_BT.shape[1]:
         last = min(first + next(widths), tokens_BT.shape[1])
-        positions_BT = torch.arange(first, last).expand(len(tokens_BT), -1)
+        positions_BT = torch.arange(first, last, device=tokens_BT.device).expand(len(tokens_BT), -1)
         cache.see(last)
         hidden_BTD = forward_early(
             kernels, tokens_BT[:, first:last], model.config.num_hidden_layers, positions_BT, cache
