@@ -33,12 +33,20 @@ GREEDY = {"sample": False}
 COUPLED = {"sample": True, "sampling": "coupled", "temperature": 1.3}
 LEVIATHAN = {"sample": True, "temperature": 1.3}
 CONTEXT = 256
+FEW = (0, 1, 4)
 
 
 @pytest.fixture(autouse=True)
 def without_earlier_graphs() -> None:
     torch._dynamo.reset()
     random.seed(3)
+
+
+@pytest.fixture
+def few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer to compile."""
+    for module in (adaptive_step, compiled_menu, self_speculation_generator):
+        monkeypatch.setattr(module, "DRAFTS", FEW)
 
 
 def answer(
@@ -107,6 +115,7 @@ def test_ragged_batches_that_stay_full(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_lengths")
 def test_an_exit_adapter(tokenizer: PreTrainedTokenizerBase) -> None:
     """A copy of the last layer drafts nothing wrong, if its cache has every token."""
     model = make_short("llama")
@@ -138,10 +147,9 @@ class InTurn(Policy):
 
 
 @pytest.mark.slow
-def test_generated_code(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few_lengths")
+def test_generated_code(tokenizer: PreTrainedTokenizerBase) -> None:
     """The same drafts as in steps that are not compiled, the same of them accepted, and the same draws."""
-    for module in (adaptive_step, compiled_menu, self_speculation_generator):
-        monkeypatch.setattr(module, "DRAFTS", (0, 1, 4))
     model = make_short("qwen3")
     compiled, eager = AdaptiveStrategy(model, InTurn, "inductor"), AdaptiveStrategy(model, InTurn)
     for prompts in ALONE:
@@ -164,6 +172,7 @@ def test_with_processors_steps_are_not_compiled(tokenizer: PreTrainedTokenizerBa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_lengths")
 def test_a_length_that_cannot_be_a_symbol(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph is never taken for lengths that it is not right for: then there is one for each."""
     catch_up = EagerPasses.catch_up
@@ -179,7 +188,7 @@ def test_a_length_that_cannot_be_a_symbol(tokenizer: PreTrainedTokenizerBase, mo
     check_same(tokenizer, strategy, ALONE[:2], **GREEDY)
     [menu] = strategy.compiled_steps.steps.values()
     kinds = {kind for kind, function in menu.graphs if function is verified}
-    assert kinds == {0} | {(0, drafts + 1) for drafts in DRAFTS if drafts}
+    assert kinds == {0} | {(0, drafts + 1) for drafts in FEW if drafts}
 
 
 # Captured steps
