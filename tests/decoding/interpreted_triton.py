@@ -121,12 +121,14 @@ def assert_is_close(found: Tensor, exact: Tensor) -> None:
 def test_a_product(dtype: torch.dtype) -> None:
     size, outputs = 150, 37
     x_MD, weight_OD = random(MOST, size, dtype=dtype), random(outputs, size, dtype=dtype)
-    found = same_at_all_widths(lambda part: kernels._product(part, weight_OD), x_MD)
-    assert_is_close(found, x_MD.double() @ weight_OD.double().T)
+    found = same_at_all_widths(lambda part: kernels._product(part, weight_OD, is_wide=True), x_MD)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    exact = x_MD.double() @ weight_OD.double().T
+    assert_is_close(found, exact)
     added_MO = random(MOST, outputs, dtype=dtype)
-    summed = kernels._product(x_MD, weight_OD, added_MO, is_wide=True)
-    assert summed.dtype == torch.promote_types(dtype, torch.float32)
-    assert_is_close(summed, x_MD.double() @ weight_OD.double().T + added_MO.double())
+    rounded = kernels._product(x_MD, weight_OD, added_MO)
+    assert rounded.dtype == dtype
+    assert_is_close(rounded, exact + added_MO.double())
 
 
 @each_dtype
