@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TopKLogit
 
 from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding import adaptive_step, compilation, compiled_menu
+from self_speculation.decoding import compilation, compiled_menu, step_costs
 from self_speculation.decoding.cache import power_of_two
 from self_speculation.decoding.cell import DRAFTS, FREE, Cell
 from self_speculation.decoding.compiled_menu import CompiledMenu, verified
@@ -45,7 +45,7 @@ def without_earlier_graphs() -> None:
 @pytest.fixture
 def few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer to compile."""
-    for module in (adaptive_step, compiled_menu, self_speculation_generator):
+    for module in (compiled_menu, self_speculation_generator, step_costs):
         monkeypatch.setattr(module, "DRAFTS", FEW)
 
 

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from self_speculation import self_speculation_generator
 from self_speculation.autoregressive_generator import AutoregressiveStrategy, EarlyExitStrategy
-from self_speculation.decoding import adaptive_step, session
+from self_speculation.decoding import adaptive_step, session, step_costs
 from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.step import EagerPasses, StepOutcome, speculative_step
 from self_speculation.generator_base import GenerationConfig, GenerationStrategy, HuggingfaceLlamaGenerator
@@ -50,8 +51,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsewhere]:
         with torch.device("meta"), mode:
             return speculative_step(passes, rows, num_speculations)
 
-    monkeypatch.setattr(adaptive_step, "TIMED", 1)
-    for module in (session, adaptive_step):
+    monkeypatch.setattr(step_costs, "TIMED", 1)
+    # How sure a draft is is looked at on CPUs only.
+    monkeypatch.setattr(self_speculation_generator, "MOST_LOOKING", 0.0)
+    for module in (session, adaptive_step, step_costs):
         monkeypatch.setattr(module, "speculative_step", watched)
     yield mode
     assert steps
