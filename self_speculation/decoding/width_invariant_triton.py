@@ -38,8 +38,20 @@ def run_layer(
     `cached` are its keys and values (B, H/G, C, K), written at the positions; `weights` the two norms and four
     matrices in their order, then the rotary embedding's cosines and sines (C, K).
     """
+    # Kernels are launched on the current device, which may be another than the model's.
+    with torch.cuda.device_of(hidden_BTD):
+        return _layer(_laid_out(hidden_BTD), _laid_out(positions_BT), cached, weights, epsilon)
+
+
+@run_layer.register_fake
+def _(hidden_BTD: Tensor, positions_BT: Tensor, cached: list[Tensor], weights: list[Tensor], epsilon: float) -> Tensor:
+    return hidden_BTD.new_empty(hidden_BTD.shape)
+
+
+def _layer(
+    hidden_BTD: Tensor, positions_BT: Tensor, cached: list[Tensor], weights: list[Tensor], epsilon: float
+) -> Tensor:
     attention_norm, heads_OD, attention_out, mlp_norm, gate_up, mlp_out, *rotary_CK = weights
-    hidden_BTD, positions_BT = _laid_out(hidden_BTD), _laid_out(positions_BT)
     projected_MO = _product(_normed(hidden_BTD, attention_norm, epsilon), heads_OD, is_wide=True)
     queries_MO = _cache(projected_MO, positions_BT, cached, rotary_CK)
     attended_MO = _attended(queries_MO, positions_BT, cached)
@@ -49,15 +61,11 @@ def run_layer(
     return _product(inner_MI, mlp_out, states_MD).view_as(hidden_BTD)
 
 
-@run_layer.register_fake
-def _(hidden_BTD: Tensor, positions_BT: Tensor, cached: list[Tensor], weights: list[Tensor], epsilon: float) -> Tensor:
-    return hidden_BTD.new_empty(hidden_BTD.shape)
-
-
 @torch.library.custom_op("layerskip::read_head", mutates_args=())
 def read_head(hidden_BTD: Tensor, norm_D: Tensor, head_VD: Tensor, epsilon: float) -> Tensor:
     """Logits (B, T, V) of hidden states: a norm, then the rows of an LM head."""
-    logits_MV = _product(_normed(_laid_out(hidden_BTD), norm_D, epsilon), head_VD)
+    with torch.cuda.device_of(hidden_BTD):
+        logits_MV = _product(_normed(_laid_out(hidden_BTD), norm_D, epsilon), head_VD)
     return logits_MV.view(*hidden_BTD.shape[:2], -1)
 
 
