@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.adapter_config import file_beside
 from self_speculation.decoding.config import MOST_SPECULATIONS
+from self_speculation.exit_adapter import adapter_of
 
 RECOMMENDATION_FILE = "layerskip.json"
 RECOMMENDED = ("exit_layer", "num_speculations", "draft_vocab", "exit_layers", "draft_lengths", "acceptance")
@@ -70,8 +71,12 @@ def advice_for(model: PreTrainedModel, task: str | None = None) -> Recommendatio
     Raises:
         ValueError: the file beside the weights holds something else.
     """
+    name, num_layers = model.name_or_path or "", model.config.num_hidden_layers
     use = Use(str(model.dtype).removeprefix("torch."), model.device.type, task)
-    return read_recommendation(model.name_or_path or "", model.config.num_hidden_layers, use, model.config.vocab_size)
+    adapter = adapter_of(model)
+    if adapter is not None and file_beside(name, RECOMMENDATION_FILE) is None:
+        return Recommendation(adapter.exit_layer, 4, "where the exit adapter drafts")
+    return read_recommendation(name, num_layers, use, model.config.vocab_size)
 
 
 def read_recommendation(

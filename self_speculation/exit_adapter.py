@@ -81,10 +81,16 @@ def exit_norm(model: PreTrainedModel, exit_layer: int) -> nn.Module:
     return model.model.norm if adapter is None else adapter.norm
 
 
+def adapter_of(model: PreTrainedModel) -> ExitAdapter | None:
+    """The model's adapter, if it has one."""
+    adapter = vars(model)["_modules"].get(ATTRIBUTE)
+    return adapter if isinstance(adapter, ExitAdapter) else None
+
+
 def exit_adapter(model: PreTrainedModel, exit_layer: int) -> ExitAdapter | None:
     """The model's adapter, if it has one at this exit."""
-    adapter = vars(model)["_modules"].get(ATTRIBUTE)
-    return adapter if isinstance(adapter, ExitAdapter) and adapter.exit_layer == exit_layer else None
+    adapter = adapter_of(model)
+    return adapter if adapter is not None and adapter.exit_layer == exit_layer else None
 
 
 def read_exit_adapter(model: PreTrainedModel, folder: Path) -> None:

@@ -23,7 +23,7 @@ from self_speculation.decoding.session import EagerStep, Step
 from self_speculation.decoding.step import StepPlan
 from self_speculation.decoding.step_costs import step_seconds
 from self_speculation.decoding.verification import GreedyRule
-from self_speculation.exit_adapter import ExitAdapter, exit_adapter
+from self_speculation.exit_adapter import adapter_of, exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest
 from self_speculation.settings import AUTO
 from self_speculation.stepwise_strategy import StepwiseStrategy
@@ -96,8 +96,8 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
 
     def first_exit(self, config: GenerationConfig) -> int:
         """The exit to begin with."""
-        adapters = (module for module in self.model.children() if isinstance(module, ExitAdapter))
-        return next((adapter.exit_layer for adapter in adapters), config.exit_layer or self.advice.exit_layer)
+        adapter = adapter_of(self.model)
+        return (config.exit_layer or self.advice.exit_layer) if adapter is None else adapter.exit_layer
 
     def exit_layers(self, config: GenerationConfig, plan: StepPlan) -> list[int]:
         """The exits to choose from, from the first layers on."""

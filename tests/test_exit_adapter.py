@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from self_speculation.advice import advice_for
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, exit_adapter, has_exit_adapter, read_exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
@@ -223,3 +224,11 @@ def test_a_base_that_is_none(base: object, named: str, saved: Path) -> None:
     (saved / "exit_adapter.json").write_text(json.dumps({"exit_layer": EXIT_LAYER, "base_model_name_or_path": base}))
     with pytest.raises(ValueError, match=rf"exit_adapter\.json.*{named}"):
         load(ModelArguments(model=str(saved)))
+
+
+def test_it_drafts_where_it_stands_if_nothing_else_is_recommended(make_model: MakeModel, tmp_path: Path) -> None:
+    model = adapted(make_model())
+    assert (advice_for(model).exit_layer, advice_for(model).source) == (EXIT_LAYER, "where the exit adapter drafts")
+    (tmp_path / "layerskip.json").write_text('{"exit_layer": 4, "num_speculations": 3}')
+    model.name_or_path = str(tmp_path)
+    assert advice_for(model).exit_layer == 4

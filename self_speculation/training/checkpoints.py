@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from self_speculation.exit_adapter import adapter_of
 from self_speculation.pretrained import is_finite
-from self_speculation.training.exit_adapter_loss import adapter_of
 from self_speculation.training.lora import adapter_tensors, merged, save_adapter
 from self_speculation.training.run_record import RUN_FILE, RunRecord, read_record
 from self_speculation.training.whole_files import whole_files

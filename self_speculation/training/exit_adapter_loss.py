@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
+from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, adapter_of
 from self_speculation.families import logits_function
 from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, distillation_cross_entropy
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
@@ -42,11 +42,6 @@ def prepare_exit_adapter(model: PreTrainedModel, exit_layer: int | None, name: s
         raise ValueError("--train_exit_adapter needs --model: there is nothing to learn from a new model.")
     model.requires_grad_(False)
     model.add_module(ATTRIBUTE, ExitAdapter.of(model, exit_layer).requires_grad_(True))
-
-
-def adapter_of(model: PreTrainedModel) -> ExitAdapter | None:
-    """The model's exit adapter, if it has one."""
-    return next((module for module in model.children() if isinstance(module, ExitAdapter)), None)
 
 
 @contextmanager

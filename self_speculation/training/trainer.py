@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProgressCallback, TrainingArguments
 
+from self_speculation.exit_adapter import adapter_of
 from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
 from self_speculation.training.early_exit_loss import EarlyExitLoss
-from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, adapter_of
+from self_speculation.training.exit_adapter_loss import ExitAdapterLoss
 from self_speculation.training.exit_measures import exit_metrics, scoring
 from self_speculation.training.interruption import OutlivingWorkers
 from self_speculation.training.labels import num_labels

@@ -10,13 +10,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands import train
-from self_speculation.exit_adapter import exit_adapter
+from self_speculation.exit_adapter import adapter_of, exit_adapter
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, adapter_of, prepare_exit_adapter
+from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, prepare_exit_adapter
 from self_speculation.training.packing import block_item
 from self_speculation.training.trainer import LayerSkipTrainer
 
