@@ -187,10 +187,11 @@ class ScoringStrategy(AdaptiveStrategy):
             step.policy.is_scored = False  # type: ignore[attr-defined]
             return step
         watch = Watching(step.passes.kernels, sorted(step.exits))
-        exits: dict[int, Step] = {
-            exit_layer: EagerStep(replace(own.passes, kernels=watch), own.rows)
-            for exit_layer, own in step.exits.items()
-        }
-        scored = ScoredStep(exits, step.resting, step.policy)
+        exits: dict[int, Step] = {exit_layer: _watched(own, watch) for exit_layer, own in step.exits.items()}
+        scored = ScoredStep(exits, _watched(step.resting, watch), step.policy)
         scored.lookup, scored.watch = None, watch
         return scored
+
+
+def _watched(step: Step, watch: Watching) -> EagerStep:
+    return EagerStep(replace(step.passes, kernels=watch), step.rows)

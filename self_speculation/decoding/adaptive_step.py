@@ -6,9 +6,8 @@ d = 0 is autoregressive decoding.
 Shapes: B batch, T positions of this call, D hidden size, V vocabulary, N numbers of an outcome.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.confidence import ConfidentRule
@@ -18,7 +17,7 @@ from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.request import RowStep
 from self_speculation.decoding.session import EagerStep, Step
-from self_speculation.decoding.step import StepOutcome, speculative_step
+from self_speculation.decoding.step import DraftedToken, DraftGiven, EagerPasses, StepOutcome, speculative_step
 
 
 class AdaptiveStep:
@@ -60,12 +59,16 @@ class AdaptiveStep:
         step = self.exits[self.cell.exit_layer]
         if not isinstance(step.passes.rule, ConfidentRule):
             return step(num_drafts)
-        return speculative_step(step.passes, self.rows, most, partial(self._is_enough, step.passes.rule))
+        drafted = list(self._draft(step.passes, step.passes.rule, most))
+        return speculative_step(DraftGiven(step.passes, drafted), self.rows, len(drafted))
 
-    def _is_enough(self, rule: ConfidentRule) -> bool:
-        """Whether one token more of this draft does not pay."""
-        self.confidences.append(rule.confidence())
-        return not self.policy.goes_on(self.cell.exit_layer, self.confidences)
+    def _draft(self, passes: EagerPasses, rule: ConfidentRule, most: int) -> Iterator[DraftedToken]:
+        """Token by token, while one more pays."""
+        for ahead in range(most):
+            yield passes.draft(self.rows, ahead)
+            self.confidences.append(rule.confidence())
+            if not self.policy.goes_on(self.cell.exit_layer, self.confidences):
+                return
 
     def observe(self, steps: Sequence[RowStep]) -> None:
         """Tell the policy what came of the last step, and the lookup what the row's tokens are now."""

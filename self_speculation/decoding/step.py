@@ -7,7 +7,6 @@ a step of autoregressive decoding.
 Shapes: B batch, d drafted tokens, T = d+1 verified positions, D hidden size, V vocabulary, N numbers of an outcome.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,23 +23,14 @@ from self_speculation.decoding.verification import Draft, Verdict, VerificationR
 from self_speculation.exit_adapter import ExitAdapter
 
 
-def speculative_step(
-    passes: "Passes", rows: Rows, num_speculations: int, is_enough: Callable[[], bool] = lambda: False
-) -> "StepOutcome":
-    """Draft d tokens with layers [0, E), verify them with layers [E, L), commit what agrees and one token more.
-
-    After each drafted token `is_enough` may end the draft.
-    """
+def speculative_step(passes: "Passes", rows: Rows, num_speculations: int) -> "StepOutcome":
+    """Draft d tokens with layers [0, E), verify them with layers [E, L), commit what agrees and one token more."""
+    positions_BT = rows.positions(num_speculations + 1)
     # Draft: layers [0, E) run ahead, one token at a time, and leave their hidden states at the exit.
-    drafted: list[DraftedToken] = []
-    for ahead in range(num_speculations):
-        drafted.append(passes.draft(rows, ahead))
-        if is_enough():
-            break
-    positions_BT = rows.positions(len(drafted) + 1)
+    drafted = [passes.draft(rows, ahead) for ahead in range(num_speculations)]
     # Verify: layers [E, L) catch up on those states in one pass; tokens are accepted while u < p/q.
     p_logits_BTV = passes.verify(rows, positions_BT, [token.exit_state_B1D for token in drafted])
-    draft = Draft(rows.read(positions_BT[:, 1:]), [token.q_B1V for token in drafted], rows.room(len(drafted)))
+    draft = Draft(rows.read(positions_BT[:, 1:]), [token.q_B1V for token in drafted], rows.room(num_speculations))
     verdict = passes.rule.judge(draft, p_logits_BTV, rows.noise(positions_BT + 1))
     # Commit: the accepted tokens, then one drawn from norm(max(0, p − q)); what lies beyond is stale.
     rows.write(positions_BT + 1, verdict.tokens_BT)

@@ -42,7 +42,7 @@ def test_every_contestant_gives_the_same_answers(
     document = json.loads((logs / "streams.json").read_text())
     assert document["surroundings"]["busy_cores"] == {"before": 0, "during": 0}
     rows = document["rows"]
-    assert len(rows) == (len(ROWS) + 1) * (1 + 2 + 5)
+    assert len(rows) == (len(ROWS) + 1) * (1 + 2 + 6)
     assert {row["unequal"] for row in rows} == {0}
     for stream in [*ROWS, streams.ALL]:
         own = {row["contestant"]: row for row in rows if row["stream"] == stream}

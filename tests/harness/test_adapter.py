@@ -212,7 +212,10 @@ def test_it_is_made_from_model_args(
     assert (lm.exit_layer, lm.batch_size, lm.max_gen_toks, lm.model.dtype) == (4, 2, 256, torch.float64)
     lossless = make(f"pretrained={tmp_path},generation_strategy=self_speculative", None)
     assert lossless.exit_layer == 6
-    assert (lossless.generation.exit_layer, lossless.generation.num_speculations) == (1, 4)
+    # Chosen at every step, unless given.
+    assert (lossless.generation.exit_layer, lossless.generation.num_speculations) == (None, None)
+    lossless = make(f"pretrained={tmp_path},generation_strategy=self_speculative,exit_layer=1,num_speculations=3", None)
+    assert (lossless.generation.exit_layer, lossless.generation.num_speculations) == (1, 3)
     for wrong, named in (("exitlayer=4", "exitlayer"), ("exit_layer=7", "--exit_layer"), ("dtype=int3", "--dtype")):
         with pytest.raises(ValueError, match=named):
             make(f"pretrained={tmp_path},{wrong}", None)
