@@ -40,6 +40,8 @@ EARLIER_DRAFTS = 4.0
 HYSTERESIS = 1.005
 # How many standard deviations of its estimate an exit may be better than it seems, and the least variance of a draft.
 LUCK, LEAST_VARIANCE = 2.0, 0.05
+# Another exit is thought of in every so many steps: to think takes time, too.
+TRIED_EVERY = 4
 # Below one, where the sum that gives τ has a value.
 MOST_CERTAIN = 1 - 1e-9
 # The share of the time that trying other cells may lose.
@@ -244,6 +246,11 @@ class Policy:
         return {exit_layer: pairs for exit_layer, pairs in menu.items() if pairs and exit_layer != FREE}
 
     @cached_property
+    def _others(self) -> dict[int, list[int]]:
+        """By the exit that drafts, FREE where none does, all others."""
+        return {one: [other for other in self._drafting if other != one] for one in (FREE, *self._drafting)}
+
+    @cached_property
     def _shortest(self) -> int:
         """The menu's shortest draft of an exit."""
         return min(cell.num_speculations for cell in self.seconds if cell.exit_layer != FREE and cell.num_speculations)
@@ -262,11 +269,11 @@ class Policy:
 
         Every exit may lose as much, lest those that lose little leave nothing to others.
         """
-        drafting = best.cell.exit_layer if best.cell.num_speculations else None
-        others = [exit_layer for exit_layer in self._drafting if exit_layer != drafting]
-        if not others:
+        turn, waiting = divmod(self.steps, TRIED_EVERY)
+        others = self._others[best.cell.exit_layer if best.cell.num_speculations else FREE]
+        if waiting or not others:
             return best.cell
-        exit_layer = others[self.steps % len(others)]
+        exit_layer = others[turn % len(others)]
         left = MOST_LOST * self.elapsed / len(others) - self.lost.get(exit_layer, 0.0)
         if left <= 0:
             return best.cell
