@@ -178,17 +178,22 @@ def exit_ranks(model: LlamaForCausalLM, request: GenerationRequest, answer: list
     [prompt], processors = request.prompts, request.all_processors()
     tokens_1T = torch.tensor([prompt + answer], device=model.device)
     positions_1T = torch.arange(tokens_1T.shape[1], device=model.device)[None]
-    [states_1TD] = forward_exits(model, tokens_1T, [exit_layer])
-    adapter = exit_adapter(model, exit_layer)
-    if adapter is None:
-        normed_1TD = model.model.norm(states_1TD)
-    else:
-        normed_1TD = forward_adapter(model, adapter, states_1TD, positions_1T, Uncached())
+    normed_1TD = read_by_head(model, tokens_1T, exit_layer)
     drafting = slice(len(prompt) - 1, -1)
     logits_1NV = _draft_logits(model, request.config, normed_1TD[:, drafting])
     if processors:
         logits_1NV = process_logits(logits_1NV, processors, tokens_1T, positions_1T[:, drafting])
     return ranks_of(logits_1NV, tokens_1T[:, len(prompt) :])[0].tolist()
+
+
+def read_by_head(model: LlamaForCausalLM, tokens_1T: Tensor, exit_layer: int) -> Tensor:
+    """What the LM head reads of an exit (1, T, D): behind its adapter, if there is one, or behind the final norm."""
+    [states_1TD] = forward_exits(model, tokens_1T, [exit_layer])
+    adapter = exit_adapter(model, exit_layer)
+    if adapter is None:
+        return model.model.norm(states_1TD)
+    positions_1T = torch.arange(tokens_1T.shape[1], device=tokens_1T.device)[None]
+    return forward_adapter(model, adapter, states_1TD, positions_1T, Uncached())
 
 
 def _draft_logits(model: LlamaForCausalLM, config: GenerationConfig, normed_1ND: Tensor) -> Tensor:

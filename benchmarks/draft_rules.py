@@ -32,12 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from benchmarks.caterpillar import CaterpillarConfig, encoded_prompts
+from benchmarks.caterpillar import CaterpillarConfig, encoded_prompts, read_by_head
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.commands.flags import OutputArguments, parse
-from self_speculation.decoding.cache import Uncached
 from self_speculation.decoding.draft_head import token_order
-from self_speculation.decoding.early_exit import check_exit_layer, forward_adapter, forward_exits, head_logits
+from self_speculation.decoding.early_exit import check_exit_layer, head_logits
 from self_speculation.decoding.lookup import Lookup
 from self_speculation.decoding.policy import PRIOR_OF_FREE
 from self_speculation.ending import one_sentence_errors
@@ -115,13 +114,7 @@ def answers(
 def exit_logits(model: PreTrainedModel, prompt: list[int], answer: list[int], exit_layer: int) -> Tensor:
     """The exit's logits (N, V) for each token of an answer, behind its adapter, if there is one."""
     tokens_1T = torch.tensor([prompt + answer], device=model.device)
-    positions_1T = torch.arange(tokens_1T.shape[1], device=model.device)[None]
-    [states_1TD] = forward_exits(model, tokens_1T, [exit_layer])
-    adapter = exit_adapter(model, exit_layer)
-    if adapter is None:
-        normed_1TD = model.model.norm(states_1TD)
-    else:
-        normed_1TD = forward_adapter(model, adapter, states_1TD, positions_1T, Uncached())
+    normed_1TD = read_by_head(model, tokens_1T, exit_layer)
     return head_logits(model, normed_1TD[:, len(prompt) - 1 : -1])[0]
 
 

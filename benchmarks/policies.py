@@ -7,22 +7,20 @@ that were decided (shadow tokens), and the choice is the (E, d) of the most toke
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import Tensor
 
 from self_speculation.decoding.adaptive_step import AdaptiveStep
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import DRAFTS, FREE, Cell
-from self_speculation.decoding.draft_head import DraftHead
 from self_speculation.decoding.kernels import Kernels
+from self_speculation.decoding.late_adapter import KernelsAround
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 from self_speculation.decoding.policy import Expected, Policy
 from self_speculation.decoding.session import EagerStep, Step
 from self_speculation.decoding.step import StepOutcome, StepPlan
-from self_speculation.exit_adapter import ExitAdapter
 from self_speculation.generator_base import GenerationRequest
 from self_speculation.self_speculation_generator import AdaptiveStrategy
 
@@ -97,24 +95,14 @@ class Del(Scored):
         super().__post_init__()
 
 
-@dataclass
-class Watching:
+class Watching(KernelsAround):
     """Kernels that run layers up to each exit in turn, and keep what leaves there while a step is made."""
 
-    kernels: Kernels
-    exits: list[int]
-    seen: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    is_watching: bool = False
-
-    @property
-    def model(self) -> LlamaForCausalLM:
-        """The model."""
-        return self.kernels.model
-
-    @property
-    def backend(self) -> str | None:
-        """What torch compiles a step of these passes with."""
-        return self.kernels.backend
+    def __init__(self, kernels: Kernels, exits: list[int]) -> None:
+        super().__init__(kernels)
+        self.exits = exits
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.is_watching = False
 
     def run_layers(
         self, hidden_BTD: Tensor, layers: range, positions_BT: Tensor, cache: PositionAddressedCache
@@ -130,16 +118,6 @@ class Watching:
             if end in self.exits:
                 self.seen.setdefault(end, []).append((positions_BT, hidden_BTD))
         return hidden_BTD
-
-    def run_adapter(
-        self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: PositionAddressedCache
-    ) -> Tensor:
-        """What leaves an exit adapter's layer."""
-        return self.kernels.run_adapter(adapter, exit_states_BTD, positions_BT, cache)
-
-    def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: DraftHead | None = None) -> Tensor:
-        """Logits (B, T, V)."""
-        return self.kernels.logits(hidden_BTD, norm, draft_head)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -17,12 +17,11 @@ from self_speculation.decoding.kernels import Kernels
 from self_speculation.exit_adapter import ExitAdapter
 
 
-class LateAdapterKernels:
-    """Others' kernels over one row, but that the exit adapter only takes note of what it is to read."""
+class KernelsAround:
+    """Others' kernels, of which a subclass changes something."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
-        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     @property
     def model(self) -> PreTrainedModel:
@@ -40,9 +39,23 @@ class LateAdapterKernels:
         """What leaves the layers (B, T, D)."""
         return self.kernels.run_layers(hidden_BTD, layers, positions_BT, cache)
 
+    def run_adapter(
+        self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: PositionAddressedCache
+    ) -> Tensor:
+        """What leaves an exit adapter's layer (B, T, D)."""
+        return self.kernels.run_adapter(adapter, exit_states_BTD, positions_BT, cache)
+
     def logits(self, hidden_BTD: Tensor, norm: nn.Module, draft_head: DraftHead | None = None) -> Tensor:
         """Logits (B, T, V)."""
         return self.kernels.logits(hidden_BTD, norm, draft_head)
+
+
+class LateAdapterKernels(KernelsAround):
+    """Kernels over one row, but that the exit adapter only takes note of what it is to read."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__(kernels)
+        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def run_adapter(
         self, adapter: ExitAdapter, exit_states_BTD: Tensor, positions_BT: Tensor, cache: PositionAddressedCache
