@@ -17,8 +17,8 @@ from self_speculation.decoding.rows import Rows
 from self_speculation.decoding.session import Step
 from self_speculation.decoding.step import StepOutcome, speculative_step
 
-# How often a step is timed for its cost, after once that does not count.
-TIMED = 5
+# How often each step is timed, after once that does not count; less often, where that has taken so many seconds.
+TIMED, LONG = 5, 3.0
 
 
 @torch.inference_mode()
@@ -36,8 +36,10 @@ def step_seconds(exits: dict[int, Step], resting: Step, lengths: Sequence[int] =
         sources[FREE] = partial(speculative_step, FreePasses(resting.passes, [0] * longest), rows)
     drafts_of = dict.fromkeys(sources, lengths) | {FREE: (*(d for d in DRAFTS if 0 < d < longest), longest)}
     timed = [Cell(source, drafts) for source in sources for drafts in drafts_of[source]]
-    seconds = dict.fromkeys(timed, math.inf)
+    seconds, start = dict.fromkeys(timed, math.inf), time.perf_counter()
     for turn in range(1 + TIMED):
+        if turn > 1 and time.perf_counter() - start > LONG:
+            break
         for cell in timed:
             step = sources[cell.exit_layer] if cell.num_speculations else without_drafts
             one = _seconds(partial(step, cell.num_speculations))

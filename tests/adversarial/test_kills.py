@@ -22,7 +22,7 @@ COUNTED = {"tokens", "text", "stop_reason", "drafted", "accepted", "committed", 
 DECODES = "--model model --output_dir logs --data_path rows.jsonl --sample False --num_samples 4"
 RUNS = {
     "benchmark": f"{DECODES} --max_steps 16 --score_text False --repeats 3 "
-    "--generation_strategy autoregressive self_speculative",
+    "--generation_strategy autoregressive self_speculative --exit_layer 1 --num_speculations 4",
     "sweep": f"{DECODES} --max_steps 8 --exit_layer_last 2 --num_speculations_last 3 --finalists 9 --repeats 1",
     "eval": "--model model --output_dir logs --tasks local_piqa,local_topv2 --data_dir data --bootstrap_iters 0 "
     "--verbosity ERROR --use_cache answers/kept --gen_kwargs max_gen_toks=8 --num_fewshot 0",
