@@ -91,9 +91,10 @@ def test_ranks_that_are_not_the_first_say_nothing(
 
 
 def test_passes_are_timed_by_the_kernels_that_decode(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """What torch would compile is timed as it is written."""
+    model = make_model()
     compiling = partial(single_token_request, tokenizer=tokenizer, config=COMPILED)
     assert compiling(model).config.compile == "default"
     assert compiling(make_family("qwen3")).config.compile == "none"
