@@ -512,6 +512,8 @@ def test_two_processes_give_the_results_of_one(
         "local_gsm8k,local_arc_easy,local_wikitext",
         "--generation_strategy",
         "self_speculative",
+        # Given, for what is chosen depends on times.
+        *("--exit_layer", "2", "--num_speculations", "3"),
         *map(str, QUICK),
     ]
     _, alone = run(*flags)

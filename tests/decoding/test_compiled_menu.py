@@ -136,6 +136,8 @@ def test_an_exit_adapter(tokenizer: PreTrainedTokenizerBase) -> None:
 class InTurn(Policy):
     """Every draft length, one after the other, as long as there is room."""
 
+    stops = False
+
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """By the number of steps so far."""
         lengths = sorted({cell.num_speculations for cell in self.seconds if cell.exit_layer == self.first})
