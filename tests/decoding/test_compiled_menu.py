@@ -106,6 +106,7 @@ def test_one_row(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_lengths")
 @pytest.mark.parametrize(("family", "sampling"), [("llama", COUPLED), ("gemma2", GREEDY)], ids=str)
 def test_ragged_batches_that_stay_full(
     family: str, sampling: dict[str, object], tokenizer: PreTrainedTokenizerBase
