@@ -117,16 +117,15 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
     def _step(self, request: GenerationRequest, plan: StepPlan) -> Step:
         step, config = super()._step(request, plan), request.config
         exits = self._exits(step, config)
-        resting = exits[plan.exit_layer]
-        # A conversation's tokens are read once, so nothing may have missed them.
-        if isinstance(resting, EagerStep) and len(request.prompts) == 1 and not request.continues:
-            resting = letting_adapter_wait(resting)
-        policy = self.policy(self._seconds(exits, resting, config), plan.exit_layer, known=self._known_of(exits))
+        own = exits[plan.exit_layer]
+        seconds = self._seconds(exits, _resting(own, request), config)
+        policy = self.policy(seconds, plan.exit_layer, known=self._known_of(exits))
         if config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
         if self._may_stop(policy, step, config):
-            exits = {exit_layer: _with_rule(own, ConfidentRule(step.passes.rule)) for exit_layer, own in exits.items()}
-        return AdaptiveStep(exits, resting, policy)
+            exits = {exit_layer: _with_rule(one, ConfidentRule(step.passes.rule)) for exit_layer, one in exits.items()}
+        # Another one: in the one that was timed states wait.
+        return AdaptiveStep(exits, _resting(own, request), policy)
 
     def _exits(self, step: Step, config: GenerationConfig) -> dict[int, Step]:
         """A step for each exit to choose; where each takes minutes to compile, for the one to begin with."""
@@ -165,6 +164,12 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             for exit_layer in exits
             if exit_layer in said
         }
+
+
+def _resting(step: Step, request: GenerationRequest) -> Step:
+    """The step without drafts. Of one prompt, an exit adapter waits; a conversation's tokens are read once only."""
+    is_alone = len(request.prompts) == 1 and not request.continues
+    return letting_adapter_wait(step) if isinstance(step, EagerStep) and is_alone else step
 
 
 def _with_rule(step: Step, rule: ConfidentRule) -> EagerStep:

@@ -14,6 +14,7 @@ from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.confidence import ConfidentRule
 from self_speculation.decoding.early_exit import TorchKernels
+from self_speculation.decoding.late_adapter import LateAdapterKernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
@@ -395,6 +396,18 @@ def test_an_exit_adapter_reads_nothing_until_it_drafts(
     read.clear()
     answer(strategy, prompts_of(20, 20), exact=exact, max_new_tokens=1)
     assert read
+
+
+def test_nothing_waits_but_the_prompt(make_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also where steps were timed just before."""
+    model = make_model(num_hidden_layers=3)
+    model.add_module(ATTRIBUTE, ExitAdapter.of(model, 2).eval())
+    config = GenerationConfig(max_new_tokens=4, sample=False)
+    strategy = AdaptiveStrategy(model)
+    session = strategy.begin(HuggingfaceLlamaGenerator(tokenizer, strategy).request(prompts_of(20), config))
+    kernels = session.step.passes.kernels
+    assert isinstance(kernels, LateAdapterKernels)
+    assert [positions_BT.tolist() for _, positions_BT in kernels.waiting] == [[list(range(19))]]
 
 
 def test_what_was_learnt_is_forgotten_unless_asked(
