@@ -1,6 +1,7 @@
 """What a run says of the steps before it: the learning rate where it goes on, and what its checkpoints will take."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -59,9 +60,20 @@ def checkpoint_bytes(trainer: "WholeCheckpointTrainer") -> tuple[int, int]:
     """Bytes of a checkpoint's weights, and of its optimiser's states."""
     # Matrices that are one in memory are one on disk.
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in trainer.tensors_to_save().values()}
-    states = _optimizer_of(trainer).state_dict()["state"].values()
-    values = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    return sum(weights.values()), sum(value.nbytes for value in values)
+    states = _tensors(_optimizer_of(trainer).state_dict())
+    return sum(weights.values()), sum(tensor.nbytes for tensor in states)
+
+
+def _tensors(states: object) -> Iterator[Tensor]:
+    """All tensors of nested dictionaries and lists; an optimiser made of several nests deeper than one."""
+    if isinstance(states, Tensor):
+        yield states
+    elif isinstance(states, dict):
+        for value in states.values():
+            yield from _tensors(value)
+    elif isinstance(states, list):
+        for value in states:
+            yield from _tensors(value)
 
 
 def _optimizer_of(trainer: "WholeCheckpointTrainer") -> Optimizer:

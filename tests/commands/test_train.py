@@ -1,6 +1,7 @@
 """train.py itself: what it writes, from what it goes on, and what it evaluates."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -55,6 +56,19 @@ def new_checkpoints(run: Run, output: Path, *flags: str) -> set[str]:
     before = checkpoints(output)
     assert run(*flags) == 0
     return {name for name, written in checkpoints(output).items() if before.get(name) != written}
+
+
+def test_what_a_checkpoint_takes_is_told(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Muon's and AdamW's states, too, which are one optimiser's."""
+    assert run("--muon", "True", "--hidden_size", "128", "--intermediate_size", "512") == 0
+    [weights, states] = re.findall(
+        r"A checkpoint takes .* \(weights (.*) MB, optimiser (.*) MB\)", capsys.readouterr().out
+    )[0]
+    sizes = [(tmp_path / "out/checkpoint-2" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")]
+    # The files hold names beside the numbers.
+    assert float(weights) == pytest.approx(sizes[0] / 1e6, abs=0.1)
+    assert float(states) == pytest.approx(sizes[1] / 1e6, abs=0.1)
+    assert float(states) > 1
 
 
 def test_main_trains_resumes_and_writes_what_transformers_loads(
