@@ -4,6 +4,7 @@ The step itself is `decoding/step.py`. E and d stay what is given, or are chosen
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from self_speculation.advice import Recommendation, advice_for
 from self_speculation.decoding.adaptive_step import AdaptiveStep, letting_adapter_wait
-from self_speculation.decoding.cell import DRAFTS, Cell
+from self_speculation.decoding.cell import DRAFTS
 from self_speculation.decoding.compiled_menu import CompiledMenu
 from self_speculation.decoding.confidence import MOST_LOOKING, ConfidentRule, look_seconds
 from self_speculation.decoding.draft_head import DraftHeads
@@ -21,7 +22,7 @@ from self_speculation.decoding.free_passes import takes_free_drafts
 from self_speculation.decoding.policy import MEASURED_DRAFTS, Acceptance, Policy
 from self_speculation.decoding.session import EagerStep, Step
 from self_speculation.decoding.step import StepPlan
-from self_speculation.decoding.step_costs import step_seconds
+from self_speculation.decoding.step_costs import StepCosts, step_costs
 from self_speculation.decoding.verification import GreedyRule
 from self_speculation.exit_adapter import adapter_of, exit_adapter
 from self_speculation.generator_base import GenerationConfig, GenerationRequest
@@ -76,7 +77,7 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         super().__init__(model, backend)
         self.policy = policy
         self.given_advice = advice
-        self.seconds: dict[tuple[Hashable, ...], dict[Cell, float]] = {}
+        self.costs: dict[tuple[Hashable, ...], StepCosts] = {}
         self.look_seconds = look_seconds(GreedyRule(), model.config.vocab_size, model.dtype)
         self.learnt: Policy | None = None
 
@@ -118,7 +119,7 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         step, config = super()._step(request, plan), request.config
         exits = self._exits(step, config)
         own = exits[plan.exit_layer]
-        seconds = self._seconds(exits, _resting(own, request), config)
+        seconds = self._costs(exits, _resting(own, request), config).after(_middle(request))
         policy = self.policy(seconds, plan.exit_layer, known=self._known_of(exits))
         if config.policy_memory == "run":
             self.learnt = policy = policy.taught_by(self.learnt)
@@ -141,14 +142,14 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             for exit_layer, own in plans.items()
         }
 
-    def _seconds(self, exits: dict[int, Step], resting: Step, config: GenerationConfig) -> dict[Cell, float]:
+    def _costs(self, exits: dict[int, Step], resting: Step, config: GenerationConfig) -> StepCosts:
         """What steps cost: measured once for requests like this one."""
         passes, lengths = exits[resting.passes.plan.exit_layer].passes, self.draft_lengths(config)
         how = (resting.is_fixed and config.compile, type(passes.kernels), type(resting.passes.kernels), config.sample)
         key = (len(resting.rows.lengths_B), *exits, lengths, passes.plan.draft_head, *how)
-        if key not in self.seconds:
-            self.seconds[key] = step_seconds(exits, resting, lengths)
-        return self.seconds[key]
+        if key not in self.costs:
+            self.costs[key] = step_costs(exits, resting, lengths)
+        return self.costs[key]
 
     def _may_stop(self, policy: Policy, step: Step, config: GenerationConfig) -> bool:
         """Whether drafts may stop: of one row, of open length, where looking how sure they are costs little."""
@@ -164,6 +165,11 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
             for exit_layer in exits
             if exit_layer in said
         }
+
+
+def _middle(request: GenerationRequest) -> float:
+    """How many tokens a row has in the middle of its answer, by the mean of the prompts."""
+    return statistics.mean(map(len, request.prompts)) + request.config.max_new_tokens / 2
 
 
 def _resting(step: Step, request: GenerationRequest) -> Step:

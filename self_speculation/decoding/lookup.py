@@ -54,7 +54,9 @@ class Lookup:
 
     def _match(self, end: int) -> int:
         """How many tokens before a place are the row's last ones."""
-        length, last = LEAST_MATCH, len(self.tokens)
-        while length < min(end, MOST_MATCH) and self.tokens[end - length - 1] == self.tokens[last - length - 1]:
+        length, last, most = LEAST_MATCH, len(self.tokens), min(end, MOST_MATCH)
+        if self.tokens[end - most : end] == self.tokens[-most:]:
+            return most
+        while length < most and self.tokens[end - length - 1] == self.tokens[last - length - 1]:
             length += 1
         return length

@@ -267,7 +267,7 @@ def test_compiled_steps_are_timed_as_they_run(tokenizer: PreTrainedTokenizerBase
     for compile_mode in ("default", "none", "default"):
         [result] = answer(tokenizer, strategy, prompts_of(9), compile=compile_mode, **GREEDY)
         assert result.tokens == expected[0].tokens
-    assert len(strategy.seconds) == 2
-    for menu in strategy.seconds.values():
-        assert {cell for cell in menu if cell.exit_layer == 1} == {Cell(1, drafts) for drafts in DRAFTS}
-        assert all(seconds > 0 for seconds in menu.values())
+    assert len(strategy.costs) == 2
+    for costs in strategy.costs.values():
+        assert {cell for cell in costs.near if cell.exit_layer == 1} == {Cell(1, drafts) for drafts in DRAFTS}
+        assert all(seconds > 0 for seconds in costs.near.values())

@@ -78,7 +78,7 @@ def test_what_is_given_stays(
         answers = decode(strategy, prompts, **sampling, **given)
         assert tokens_of(answers) == tokens_of(expected)
         cells |= {step.cell for answer in answers for step in answer.steps}
-    menu = {cell for own in strategy.seconds.values() for cell in own if cell.exit_layer != FREE}
+    menu = {cell for own in strategy.costs.values() for cell in own.near if cell.exit_layer != FREE}
     assert menu == {Cell(exit_layer, d) for exit_layer in exits for d in drafts}
     assert {cell.exit_layer for cell in cells} <= {FREE, *exits}
     assert {cell.num_speculations for cell in cells if cell.exit_layer != FREE} == drafts
@@ -88,9 +88,9 @@ def test_what_is_given_stays(
 def test_adaptive_decoding_always_chooses(make_model: MakeModel, decode: Callable[..., list[GenerationResult]]) -> None:
     strategy = AdaptiveStrategy(make_model())
     decode(strategy, PROMPTS[:1], exit_layer=5, num_speculations=3)
-    [menu] = strategy.seconds.values()
-    assert {cell.exit_layer for cell in menu} == {FREE, 1, 2, 3, 5}
-    assert {cell.num_speculations for cell in menu if cell.exit_layer == 5} == {0, 1, 2, 3, 4, 6, 8}
+    [costs] = strategy.costs.values()
+    assert {cell.exit_layer for cell in costs.near} == {FREE, 1, 2, 3, 5}
+    assert {cell.num_speculations for cell in costs.near if cell.exit_layer == 5} == {0, 1, 2, 3, 4, 6, 8}
     assert strategy.drafting(GenerationConfig(exit_layer=5)) == dict.fromkeys(strategy.chooses, "auto")
 
 
@@ -103,7 +103,7 @@ def test_an_exit_that_is_given_drafts_without_the_adapter(
     for given, exits in (({"exit_layer": 4}, {4}), ({"exit_layer": 2}, {2}), ({}, {2})):
         strategy = OpenStrategy(model, Anything)
         assert tokens_of(decode(strategy, PROMPTS, **given)) == expected
-        assert {cell.exit_layer for menu in strategy.seconds.values() for cell in menu} == exits
+        assert {cell.exit_layer for costs in strategy.costs.values() for cell in costs.near} == exits
 
 
 def test_a_checkpoint_says_what_to_choose_from_and_to_expect(
@@ -122,8 +122,8 @@ def test_a_checkpoint_says_what_to_choose_from_and_to_expect(
     model.name_or_path = str(tmp_path)
     strategy = AdaptiveStrategy(model, Kept)
     decode(strategy, PROMPTS[:2])
-    [menu] = strategy.seconds.values()
-    assert menu.keys() == {Cell(exit_layer, d) for exit_layer in (2, 3, 4) for d in (0, 2, 5)}
+    [costs] = strategy.costs.values()
+    assert costs.near.keys() == {Cell(exit_layer, d) for exit_layer in (2, 3, 4) for d in (0, 2, 5)}
     known = {exit_layer: (own.prior, own.weight) for exit_layer, own in policies[0].known.items()}
     assert known[4] == (0.9, MEASURED_DRAFTS)
     assert known[3][0] == PRIOR
@@ -166,8 +166,10 @@ def test_a_seed_gives_its_answer_again(
         assert tokens_of(llm.generate(prompts, details=True, **given, **settings)) == tokens_of(expected)
     # Measured once more, with costs that make drafts of the deepest exit the cheapest.
     [strategy] = KeptStrategies.of(llm.model).idle[OpenStrategy]
-    for menu in strategy.seconds.values():
-        menu.update({cell: 1 / (1 + cell.exit_layer + cell.num_speculations) for cell in menu})
+    for costs in strategy.costs.values():
+        cheap = {cell: 1 / (1 + cell.exit_layer + cell.num_speculations) for cell in costs.near}
+        costs.near.update(cheap)
+        costs.far.update(cheap)
     answers = llm.generate(prompts, details=True, **given, **settings)
     assert tokens_of(answers) == tokens_of(expected)
     assert sum(answer.num_drafted for answer in answers) > 0

@@ -18,7 +18,6 @@ from self_speculation.decoding.late_adapter import LateAdapterKernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
 from self_speculation.decoding.policy import MOST_LOST, Acceptance, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
-from self_speculation.decoding.step_costs import evened_out
 from self_speculation.decoding.verification import Draft, GreedyRule
 from self_speculation.decoding.width_invariant import WidthInvariantKernels
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
@@ -74,21 +73,6 @@ def test_another_text_is_noticed_soon() -> None:
         policy.observe(cell, [cell.num_speculations], [cell.num_speculations])
         steps += 1
     assert steps < 200
-
-
-@pytest.mark.parametrize(
-    ("timed", "expected"),
-    [
-        ({1: 2.0, 2: 3.0, 3: 4.0}, {1: 2.0, 2: 3.0, 3: 4.0, 5: 6.0}),
-        ({1: 2.0, 2: 3.2, 3: 3.8}, {1: 2.1, 2: 3.0, 3: 3.9, 5: 5.7}),
-        # Other work slowed the last one: the line would begin below zero.
-        ({1: 1.0, 2: 1.0, 3: 1.0, 8: 30.0}, {1: 1.0, 2: 1.5, 8: 28.5}),
-    ],
-    ids=["a line", "noise", "a slow one"],
-)
-def test_costs_are_evened_out(timed: dict[int, float], expected: dict[int, float]) -> None:
-    line = evened_out(timed)
-    assert {drafts: line(drafts) for drafts in expected} == pytest.approx(expected, abs=0.05)
 
 
 def test_what_there_is_no_room_for_is_not_chosen() -> None:
@@ -427,9 +411,12 @@ def test_steps_are_timed_once(make_model: MakeModel, answer: Callable[..., list[
     strategy = AdaptiveStrategy(make_model())
     for prompts in (prompts_of(9), prompts_of(20), prompts_of(1, 2)):
         answer(strategy, prompts)
-    assert len(strategy.seconds) == 2
-    assert all(seconds > 0 for menu in strategy.seconds.values() for seconds in menu.values())
-    assert [{cell.exit_layer for cell in menu} for menu in strategy.seconds.values()] == [{FREE, 1, 2, 3}, {1, 2, 3}]
+    assert len(strategy.costs) == 2
+    assert all(seconds > 0 for costs in strategy.costs.values() for seconds in costs.near.values())
+    assert [{cell.exit_layer for cell in costs.near} for costs in strategy.costs.values()] == [
+        {FREE, 1, 2, 3},
+        {1, 2, 3},
+    ]
 
 
 def test_a_model_of_one_layer_has_nothing_to_choose(
