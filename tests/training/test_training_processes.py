@@ -231,9 +231,7 @@ def test_killed_runs_end_like_the_uninterrupted_one(flags: list[str], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code", "workers"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 2)]
-)
+@pytest.mark.parametrize(("number", "code", "workers"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)])
 def test_a_stopped_run_goes_on_and_ends_like_the_uninterrupted_one(
     number: signal.Signals, code: int, workers: int, flags: list[str], tmp_path: Path
 ) -> None:
