@@ -6,7 +6,8 @@ Four streams of prompts (code, summaries, arithmetic, parses), one after the oth
 (E, d) of a grid, our policy, and others' in the same steps (benchmarks/policies.py) answer each prompt in turns, in one
 process. Policies remember: each stream begins with what the one before has taught. Ratios are of tokens a second, end
 to end: over autoregressive decoding, over the best fixed choice of the stream, and, for all streams together, over the
-best single one. Medians over the rounds, with their least and greatest.
+best single one. Medians over the rounds, with their least and greatest. Reading a prompt is the same work for all
+contestants, and often longer than the answer: each is given the median of all their times.
 
 Writes OUTPUT_DIR/streams.json and .jsonl. Answers that are not autoregressive decoding's are counted.
 """
@@ -222,7 +223,7 @@ def figures(stream: str, rounds: dict[str, Answers]) -> list[dict[str, Any]]:
     """A row for each contestant: speed, and its ratios round by round."""
     answers = joined(rounds, stream)
     fixed = [name for name in answers if name.startswith("E=")]
-    speeds = {name: [one.tokens_per_second for one in own] for name, own in answers.items()}
+    speeds = speeds_of(answers)
     best = max(fixed, key=lambda name: statistics.median(speeds[name]))
     rows = []
     for name, own in answers.items():
@@ -242,6 +243,19 @@ def figures(stream: str, rounds: dict[str, Answers]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def speeds_of(answers: Answers) -> dict[str, list[float]]:
+    """Tokens a second of each round, where reading a prompt takes what it took in the median."""
+    rounds = [one.measurements for own in answers.values() for one in own]
+    reading = sum(statistics.median(answer.prefill_seconds for answer in same) for same in zip(*rounds, strict=True))
+
+    def speed(own: Round) -> float:
+        return own.total(lambda one: len(one.tokens)) / (
+            reading + own.total(lambda one: one.seconds - one.prefill_seconds)
+        )
+
+    return {name: list(map(speed, own)) for name, own in answers.items()}
 
 
 def ratios(one: list[float], other: list[float]) -> list[float]:

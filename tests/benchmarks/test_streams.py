@@ -14,6 +14,7 @@ from benchmarks.policies import Del, PlusMinusOne, Scored, ScoringStrategy
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cell import Cell
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.measuring.measurements import Measurement, Round
 
 ROWS = {
     "human_eval": {"task_id": "t/0", "prompt": "def f(a):\n", "canonical_solution": "    return a\n"},
@@ -54,6 +55,24 @@ def test_every_contestant_gives_the_same_answers(
     assert said.startswith("adaptive: at least ")
     assert said.endswith("all answers are the same.")
     assert len(json.loads(line)["streams"]) == len(rows)
+
+
+def answer(prefill: float, first_token: float, decoding: float, num_tokens: int = 10) -> Measurement:
+    return Measurement([5] * num_tokens, "", "length", prefill, first_token, decoding, [], [], [])
+
+
+def test_reading_a_prompt_takes_the_median_of_all() -> None:
+    """A slow or a lucky reading is no contestant's own; its first step is."""
+    plain = [
+        Round([answer(9.0, 9.5, 1.5), answer(1.0, 1.5, 0.5)]),
+        Round([answer(3.0, 3.5, 1.5), answer(1.0, 2.0, 1.0)]),
+    ]
+    other = [
+        Round([answer(2.0, 2.5, 0.5), answer(1.0, 1.5, 0.5)]),
+        Round([answer(3.0, 4.0, 0.0), answer(7.0, 8.0, 0.0)]),
+    ]
+    expected = {"autoregressive": [20 / (4 + 3), 20 / (4 + 4)], "other": [20 / (4 + 2), 20 / (4 + 2)]}
+    assert streams.speeds_of({"autoregressive": plain, "other": other}) == expected
 
 
 @pytest.mark.parametrize("policy", [Scored, partial(Del, num_layers=6)], ids=["scored", "DEL"])
