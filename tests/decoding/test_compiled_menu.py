@@ -95,9 +95,10 @@ ALONE = [prompts_of(9), [prompts_of(9)[0] * 4], prompts_of(CONTEXT - 12), prompt
 RAGGED = [prompts_of(5, 40, 1, CONTEXT - 3, 70), prompts_of(12, CONTEXT - 9, 3, 12, 8)]
 
 
-def test_one_row(tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, pytest.param(COUPLED, marks=pytest.mark.slow)], ids=str)
+def test_one_row(sampling: dict[str, object], tokenizer: PreTrainedTokenizerBase) -> None:
     strategy = AdaptiveStrategy(make_short("llama"), RandomPolicy, "aot_eager")
-    chosen = check_same(tokenizer, strategy, ALONE, **GREEDY)
+    chosen = check_same(tokenizer, strategy, ALONE, **sampling)
     assert lengths_of(chosen) == set(DRAFTS)
     assert FREE in {cell.exit_layer for cell in chosen if cell is not None}
     [menu] = strategy.compiled_steps.steps.values()
@@ -125,7 +126,7 @@ def test_an_exit_adapter(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts, plain = [prompts_of(9)[0], prompts_of(9)[0] * 4], {"compile": "none", "exit_layer": None} | GREEDY
     expected = answer(tokenizer, baseline, prompts, **plain)
     model.add_module(ATTRIBUTE, adapter)
-    strategy = AdaptiveStrategy(model, RandomPolicy, "eager")
+    strategy = AdaptiveStrategy(model, RandomPolicy, "aot_eager")
     for prompt, one in zip(prompts, expected, strict=True):
         [result] = answer(tokenizer, strategy, [prompt], **GREEDY)
         assert result.tokens == one.tokens
