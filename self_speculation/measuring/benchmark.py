@@ -119,6 +119,7 @@ class Benchmark:
                 speedup_over=baseline,
                 drafting=contestant.drafting,
                 peak_memory_bytes=peaks[name],
+                sampling=contestant.config.sampling if contestant.config.sample else None,
                 preparing_seconds=warm_up.preparing_seconds(comparison.totals.times) if warm_up else None,
                 bandwidth_share=ceiling.share(own, contestant),
                 ideal_decode_speedup=ideals.get(name),

@@ -229,16 +229,17 @@ def rounded(value: Any) -> Any:
 class StrategyFigures:
     """All that is known of a strategy. None where it does not apply, and then absent in files.
 
-    `drafting` has exit layer and draft length, as results tell them; `preparing_seconds` are those before the first
-    answer, for building and compiling, if it was measured here; `ideal_decode_speedup` is what its drafts' acceptance
-    and the cost of passes allow; `judged`, how many tokens are the full model's; `choices`, what its policy chose in
-    all rounds.
+    `drafting` has exit layer and draft length, as results tell them; `sampling`, by which rule it sampled, if it did;
+    `preparing_seconds` are those before the first answer, for building and compiling, if it was measured here;
+    `ideal_decode_speedup` is what its drafts' acceptance and the cost of passes allow; `judged`, how many tokens are
+    the full model's; `choices`, what its policy chose in all rounds.
     """
 
     comparison: Comparison
     speedup_over: str
     drafting: dict[str, int | str | None]
     peak_memory_bytes: int
+    sampling: str | None = None
     preparing_seconds: float | None = None
     bandwidth_share: float | None = None
     ideal_decode_speedup: float | None = None
@@ -263,6 +264,7 @@ class StrategyFigures:
             | {"speedup_over": self.speedup_over}
             | self.comparison.speedup.as_json()
             | self.drafting
+            | ({} if self.sampling is None else {"sampling": self.sampling})
             | self.scores
             | ({} if self.ideal_decode_speedup is None else ideal)
             | self.judged

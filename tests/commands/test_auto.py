@@ -116,6 +116,9 @@ def test_a_benchmark_sets_what_is_fixed_against_what_is_chosen(
     assert "choices" in chosen["self_speculative"]
     # Of cells that change from step to step neither is known.
     assert not {"ideal_decode_speedup", "bandwidth_share"} & chosen["self_speculative"].keys()
+    assert all("sampling" not in own for own in chosen.values())
+    sampled = figures(*strategies, *AUTO, "--sample", "True")
+    assert [own["sampling"] for own in sampled.values()] == ["leviathan", "coupled"]
 
 
 def test_correctness_checks_what_generate_would_run(
