@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from self_speculation.advice import Recommendation, advice_for
@@ -148,7 +149,8 @@ class AdaptiveStrategy(SelfSpeculativeStrategy):
         how = (resting.is_fixed and config.compile, type(passes.kernels), type(resting.passes.kernels), config.sample)
         key = (len(resting.rows.lengths_B), *exits, lengths, passes.plan.draft_head, *how)
         if key not in self.costs:
-            self.costs[key] = step_costs(exits, resting, lengths)
+            with Console(stderr=True).status("Timing steps, to choose among them …"):
+                self.costs[key] = step_costs(exits, resting, lengths)
         return self.costs[key]
 
     def _may_stop(self, policy: Policy, step: Step, config: GenerationConfig) -> bool:
