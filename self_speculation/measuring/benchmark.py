@@ -140,7 +140,7 @@ class Benchmark:
         strategies = {name: own.as_json() for name, own in figures.items()}
         return {"surroundings": found, "ceiling": ceiling.as_json(), "strategies": strategies}
 
-    def peak_bytes(self) -> dict[str, int]:
+    def peak_bytes(self) -> dict[str, int | None]:
         """Each strategy's most memory, on the list whose padded prompts are largest."""
         largest = max(map(self.prompts_of, self.lists), key=lambda prompts: len(prompts) * max(map(len, prompts)))
         return {name: one.peak_bytes(largest, self.probes) for name, one in self.contestants.items()}

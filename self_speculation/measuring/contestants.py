@@ -4,17 +4,25 @@ import dataclasses
 import gc
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 from self_speculation.decoding.cell import Cell
-from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
+from self_speculation.decoding.request import GenerationStep
+from self_speculation.generator_base import (
+    GenerationConfig,
+    GenerationRequest,
+    GenerationStrategy,
+    HuggingfaceLlamaGenerator,
+)
 from self_speculation.measuring.figures import Times
 from self_speculation.measuring.measurements import Measurement
 from self_speculation.measuring.probes import PROBES, Probes
+from self_speculation.stepwise_strategy import StepwiseStrategy
 
 Name = TypeVar("Name")
 
@@ -83,18 +91,22 @@ class Contestant:
         results = self.generator.generate(prompts, dataclasses.replace(self.config, max_new_tokens=most))
         return WarmUp(time.perf_counter() - start, max((len(result.tokens) for result in results), default=0))
 
-    def peak_bytes(self, prompts: list[list[int]], probes: Probes = PROBES) -> int:
-        """The most memory during a list's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU."""
+    def peak_bytes(self, prompts: list[list[int]], probes: Probes = PROBES) -> int | None:
+        """The most memory during a list's answers: the allocator's peak on CUDA, live tensors' bytes on the CPU.
+
+        None where neither is known: a program that is not torch has its own.
+        """
         if self.generator.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.run(prompts)
             return torch.cuda.max_memory_allocated()
-        return self._peak_live_bytes(prompts, probes)
+        return self._peak_live_bytes(prompts, probes) or None
 
     def _peak_live_bytes(self, prompts: list[list[int]], probes: Probes) -> int:
-        """Live tensors are counted when an LM head has just run, now and then and so near the end too.
+        """Live tensors are counted when an LM head has just run, or a step, now and then and so near the end too.
 
-        What is compiled runs as it is written: no one can look into it, and the hook would have it compiled anew.
+        What torch compiles runs as it is written: no one can look into it, and the hook would have it compiled anew.
+        Passes of our own run no module, and have no hooks: there are the steps.
         """
         gc.collect()
         peak, calls = 0, itertools.count(1)
@@ -107,11 +119,31 @@ class Contestant:
 
         handle = self.generator.model.get_output_embeddings().register_forward_hook(look)
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"), after_steps(self.generator.strategy, look):
                 self.run(prompts)
         finally:
             handle.remove()
         return peak
+
+
+@contextmanager
+def after_steps(strategy: GenerationStrategy, look: Callable[[], None]) -> Iterator[None]:
+    """Look after each step of a strategy that has steps, while what they use is there."""
+    if not isinstance(strategy, StepwiseStrategy):
+        yield
+        return
+    steps = strategy.steps
+
+    def looked_after(request: GenerationRequest) -> Iterator[GenerationStep]:
+        for step in steps(request):
+            look()
+            yield step
+
+    vars(strategy)["steps"] = looked_after
+    try:
+        yield
+    finally:
+        del vars(strategy)["steps"]
 
 
 def interleaved(

@@ -238,7 +238,7 @@ class StrategyFigures:
     comparison: Comparison
     speedup_over: str
     drafting: dict[str, int | str | None]
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     sampling: str | None = None
     preparing_seconds: float | None = None
     bandwidth_share: float | None = None
@@ -258,7 +258,7 @@ class StrategyFigures:
         ideal = {"ideal_decode_speedup": self.ideal_decode_speedup, "share_of_ideal": self.share_of_ideal}
         return (
             self.comparison.totals.as_json()
-            | {"peak_memory_bytes": self.peak_memory_bytes}
+            | ({} if self.peak_memory_bytes is None else {"peak_memory_bytes": self.peak_memory_bytes})
             | ({} if self.preparing_seconds is None else {"preparing_seconds": self.preparing_seconds})
             | ({} if self.bandwidth_share is None else {"bandwidth_share": self.bandwidth_share})
             | {"speedup_over": self.speedup_over}

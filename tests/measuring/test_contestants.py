@@ -38,6 +38,26 @@ def test_peak_memory_is_little_more_than_the_weights(
         assert not model.lm_head._forward_hooks
 
 
+def test_passes_of_our_own_are_looked_at(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """They run no module of the model's."""
+    gc.collect()
+    others = live_tensor_bytes()
+    model = make_model(hidden_size=128, intermediate_size=256).bfloat16()
+    size = sum(weight.nbytes for weight in model.parameters())
+    config = GenerationConfig(max_new_tokens=8, sample=False, exit_layer=2, num_speculations=2, compile="default")
+    for name in ("autoregressive", "self_speculative", "adaptive"):
+        contestant = make_contestant(model, tokenizer, dataclasses.replace(config, generation_strategy=name))
+        assert size <= contestant.peak_bytes([[0, 5, 6, 7]]) - others < 3 * size
+        assert "steps" not in vars(contestant.generator.strategy)
+
+
+def test_memory_that_no_one_sees_is_not_said(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    contestant = contestants_of(model, tokenizer)["early_exit"]
+    assert contestant.peak_bytes([[0, 5]], Probes(live_bytes=lambda: 0)) is None
+
+
 def test_everyone_begins_in_turn(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """In the order that was asked for, whoever began."""
     begun: list[str] = []
