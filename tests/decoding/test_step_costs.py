@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation.decoding import step_costs
 from self_speculation.decoding.cell import FREE, Cell
+from self_speculation.decoding.free_passes import FreePasses
 from self_speculation.decoding.step_costs import NEAR, StepCosts, evened_out
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.self_speculation_generator import AdaptiveStrategy
@@ -45,7 +46,7 @@ def test_costs_grow_with_the_context(
     def seconds(step: partial[object]) -> float:
         passes, rows, drafts = step.args
         step()
-        exit_layer = passes.plan.exit_layer if type(passes).__name__ == "EagerPasses" else FREE
+        exit_layer = FREE if isinstance(passes, FreePasses) else passes.plan.exit_layer
         timed.add((exit_layer if drafts else None, drafts, int(rows.lengths_B[0])))
         return linear(exit_layer, drafts, int(rows.lengths_B[0]))
 
