@@ -72,9 +72,10 @@ class Acceptance:
         return alpha + LUCK * math.sqrt(max(alpha * (1 - alpha), LEAST_VARIANCE) / drafts)
 
     def of_earlier_prompts(self) -> "Acceptance":
-        """The same, worth few drafts."""
+        """The same, worth few drafts; and what was measured before all prompts is worth no more than they."""
         share = min(1.0, EARLIER_DRAFTS / max(self.accepted + self.stopped, EARLIER_DRAFTS))
-        return replace(self, accepted=self.accepted * share, stopped=self.stopped * share)
+        weight = min(self.weight, EARLIER_DRAFTS)
+        return replace(self, accepted=self.accepted * share, stopped=self.stopped * share, weight=weight)
 
     def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
         """A row's drafts in one step, after so many steps that had none."""
