@@ -61,6 +61,8 @@ def check(
         raise ValueError("--eval_do_concat_batches False does not go with the measures of every exit.")
     if texts.streaming and training.max_steps < 1:
         raise ValueError("--max_steps must be given with --streaming True: a stream does not say how long it is.")
+    if texts.streaming and layerskip.adapter_vocab:
+        raise ValueError("--adapter_vocab does not go with --streaming True: a stream's tokens are not yet counted.")
     for flag in ("lora_rank", "anchor_weight"):
         if getattr(layerskip, flag) and not model.model:
             raise ValueError(f"--{flag} is for a model that goes on, and needs --model.")

@@ -79,6 +79,17 @@ class LayerSkipArguments(Settings):
         at_least=1,
         help="E: leave the model as it is, and train one more layer and a norm that draft behind its first E layers.",
     )
+    adapter_vocab: int = setting(
+        0,
+        at_least=0,
+        help="Train the exit adapter over so many tokens alone, the training data's most frequent ones; 0: all.",
+    )
+    keep_states_gb: float = setting(
+        0.0,
+        at_least=0,
+        help="Memory in GiB for what the frozen model computes of the rows, so that an exit adapter's later epochs "
+        "train without running it.",
+    )
     muon: bool = setting(default=False, help="Optimise the layers' matrices with Muon, and the rest with AdamW.")
     compile_layers: bool = setting(default=False, help="Compile each decoder layer with torch.compile.")
 
@@ -98,6 +109,11 @@ class LayerSkipArguments(Settings):
             raise ValueError("--lora_from is an adapter to begin with, and needs --lora_rank.")
         if self.lora_rank and self.train_exit_adapter:
             raise ValueError("--lora_rank changes the model, and does not go with --train_exit_adapter.")
+        for flag in ("adapter_vocab", "keep_states_gb"):
+            if getattr(self, flag) and not self.train_exit_adapter:
+                raise ValueError(f"--{flag} is for an exit adapter, and needs --train_exit_adapter.")
+        if self.keep_states_gb == math.inf:
+            raise ValueError("--keep_states_gb must be a finite number.")
         if self.anchor_weight and self.train_exit_adapter:
             raise ValueError("--anchor_weight is for a model that changes, and does not go with --train_exit_adapter.")
 

@@ -1,14 +1,16 @@
 """Training an exit adapter (`self_speculation/exit_adapter.py`): it learns the last layer's distribution at its exit.
 
 The model is frozen and runs without gradients. The adapter's layer runs where the model's own next layer does, with the
-same mask and positions, whatever the batch is packed of.
+same mask and positions, whatever the batch is packed of. Two things save most of the work: what the model computed
+may be kept (`training/kept_states.py`), and of the head frequent tokens alone may be learnt, as they alone may be
+drafted (`decoding/draft_head.py`).
 
-Shapes: B batch, T positions, D hidden size, V vocabulary, K positions with labels.
+Shapes: B batch, T positions, D hidden size, V vocabulary, K positions with labels, N tokens that can be drafted.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, adapter_of
 from self_speculation.families import logits_function
 from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, distillation_cross_entropy
+from self_speculation.training.kept_states import KeptStates, replayed
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
 
@@ -70,12 +73,23 @@ def running_adapter(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
 class ExitAdapterLoss:
     """Σ CE(adapter's distribution, last layer's) per labelled token, inside the model's `forward`; removable again.
 
-    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call.
+    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call. With
+    `tokens_N` both distributions are those over these tokens; with `keep_bytes` so much of what the model computes is
+    kept for other epochs.
     """
 
-    def __init__(self, model: PreTrainedModel, adapter: ExitAdapter, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: ExitAdapter,
+        chunk_tokens: int,
+        tokens_N: Tensor | None = None,
+        keep_bytes: float = 0.0,
+    ) -> None:
         self.model = model
         self.adapter = adapter
+        self.tokens_N = tokens_N
+        self.kept = KeptStates(model, adapter.exit_layer, keep_bytes) if keep_bytes else None
         # The last layer teaches, and weighs nothing.
         taught, logits = distillation_cross_entropy, logits_function(model)
         self.sums = ExitSums((0.0, 1.0), taught, chunk_tokens, logits=logits)
@@ -96,20 +110,36 @@ class ExitAdapterLoss:
         ) -> Any:
             if labels is None or not self.model.training:
                 return forward(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-            with torch.no_grad(), running_adapter(self.model) as left_BTD:
-                last_BTD = self.model.model(*args, **kwargs | {"use_cache": False}).last_hidden_state
-            return CausalLMOutput(
-                loss=self._loss(left_BTD[self.adapter.exit_layer], last_BTD, labels, num_items_in_batch)
-            )
+            states = self._states(labels, *args, **kwargs)
+            return CausalLMOutput(loss=self._loss(*states, labels, num_items_in_batch))
 
         return forward_with_adapter_loss
+
+    def _states(self, labels_BT: Tensor, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What leaves the adapter's layer, with its gradients, and the model's last one."""
+        kwargs |= {"use_cache": False}
+        if self.kept is None:
+            with torch.no_grad(), running_adapter(self.model) as left_BTD:
+                last_BTD = self.model.model(input_ids, **kwargs).last_hidden_state
+            return left_BTD[self.adapter.exit_layer], last_BTD
+        with torch.no_grad():
+            exit_BTD, last_BTD = self.kept.states(input_ids, labels_BT, kwargs.get("position_ids"))
+            with replayed(self.model, self.adapter.exit_layer, exit_BTD), running_adapter(self.model) as left_BTD:
+                self.model.model(input_ids, **kwargs)
+        return left_BTD[self.adapter.exit_layer], last_BTD
+
+    @cached_property
+    def _head(self) -> Tensor:
+        """The LM head's rows that are learnt, (V, D) or (N, D)."""
+        weight_VD: Tensor = self.model.lm_head.weight
+        return weight_VD if self.tokens_N is None else weight_VD[self.tokens_N.to(weight_VD.device)]
 
     def _loss(
         self, left_BTD: Tensor, last_BTD: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        labels_N = next_labels(labels_BT)
-        labelled_K = (labels_N != IGNORED_LABEL).nonzero().flatten()
+        labelled_K = (next_labels(labels_BT) != IGNORED_LABEL).nonzero().flatten()
         drafted_KD = self.adapter.norm(left_BTD.flatten(0, 1)[labelled_K])
         states = (last_BTD.flatten(0, 1)[labelled_K], drafted_KD)
-        total = SummedExitLoss.apply(self.sums, labels_N[labelled_K], self.model.lm_head.weight, *states)
+        # No label is learnt.
+        total = SummedExitLoss.apply(self.sums, torch.zeros_like(labelled_K), self._head, *states)
         return total / (len(labelled_K) if num_items_in_batch is None else num_items_in_batch)

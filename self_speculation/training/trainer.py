@@ -24,8 +24,8 @@ from self_speculation.training.muon import MuonWithAdamW
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Flags that need the weights of a model in one place, and train them.
-WHOLE_MODEL = ("lora_rank", "anchor_weight")
+# Flags that need the weights of a model in one place.
+WHOLE_MODEL = ("lora_rank", "anchor_weight", "adapter_vocab", "keep_states_gb")
 
 
 def prepared(
@@ -75,12 +75,28 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         """J of section 4.1.2, or the loss of an exit adapter, which alone is trained."""
         own, adapter = self.layerskip, adapter_of(self.llama)
         if adapter is not None:
-            return ExitAdapterLoss(self.llama, adapter, own.loss_chunk_tokens)
+            keep_bytes = own.keep_states_gb * 2**30
+            return ExitAdapterLoss(self.llama, adapter, own.loss_chunk_tokens, self._drafted_tokens(), keep_bytes)
         schedule = own.exit_schedule(self.llama.config.num_hidden_layers, num_steps)
         loss = EarlyExitLoss(self.llama, schedule, own.exit_target, own.loss_chunk_tokens)
         if own.anchor_weight:
             loss.anchor = anchored(own.anchor_weight, self.llama, self.adapted)
         return loss
+
+    def _drafted_tokens(self) -> Tensor | None:
+        """The tokens (N) that an exit adapter learns; None: all.
+
+        Raises:
+            ValueError: the vocabulary has fewer.
+        """
+        num_tokens, vocab_size = self.layerskip.adapter_vocab, self.llama.config.vocab_size
+        if num_tokens > vocab_size:
+            raise ValueError(f"--adapter_vocab must be at most {vocab_size}, the model's vocabulary, not {num_tokens}.")
+        if not num_tokens:
+            return None
+        counted: Any = self.train_dataset
+        counts_V: Tensor = counted.token_counts(vocab_size)
+        return counts_V.argsort(descending=True, stable=True)[:num_tokens].sort().values
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; afterwards the model has its own `forward` again."""

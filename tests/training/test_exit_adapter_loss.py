@@ -16,7 +16,7 @@ from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, prepare_exit_adapter
+from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, prepare_exit_adapter, running_adapter
 from self_speculation.training.packing import block_item
 from self_speculation.training.trainer import LayerSkipTrainer
 
@@ -72,6 +72,89 @@ def test_loss_and_gradients_are_the_formula_s(adapted: LlamaForCausalLM) -> None
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-6, atol=1e-9)
 
 
+def batch() -> dict[str, Tensor]:
+    """Two rows, of which one begins and ends without labels, and packs two texts."""
+    ids_BT = torch.randint(2, 20, (2, 7), generator=torch.Generator().manual_seed(1))
+    labels_BT = ids_BT.clone()
+    labels_BT[0, :2] = labels_BT[0, -2:] = -100
+    return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3], range(7)])}
+
+
+def gradients(model: LlamaForCausalLM, **batch: Tensor) -> list[Tensor]:
+    """The loss of a batch, and the gradients of the adapter's weights."""
+    adapter = adapter_of(model)
+    assert adapter is not None
+    adapter.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return [loss.detach(), *(weight.grad.clone() for weight in adapter.parameters() if weight.grad is not None)]
+
+
+# Both rows, the shorter one (5 tokens of two states of 16 numbers of 8 bytes), and none.
+@pytest.mark.parametrize(("keep_bytes", "num_kept"), [(1e9, 2), (2 * 5 * 16 * 8.0, 1), (8.0, 0)])
+def test_kept_states_teach_the_same(adapted: LlamaForCausalLM, keep_bytes: float, num_kept: int) -> None:
+    """Loss and gradients are those of a pass of the model, in the first epoch and later, in other batches, too."""
+    adapter, rows = adapter_of(adapted), batch()
+    assert adapter is not None
+    plain, kept = ExitAdapterLoss(adapted, adapter, 3), ExitAdapterLoss(adapted, adapter, 3, keep_bytes=keep_bytes)
+    turned = {
+        name: torch.nn.functional.pad(row.flip(0), (0, 1), value=-100 if name == "labels" else 0)
+        for name, row in rows.items()
+    }
+    for which in (rows, rows, turned, {name: row[1:] for name, row in rows.items()}):
+        plain.attach()
+        expected = gradients(adapted, **which)
+        plain.remove()
+        kept.attach()
+        found = gradients(adapted, **which)
+        kept.remove()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert kept.kept is not None
+    assert len(kept.kept.rows) == num_kept
+
+
+def test_an_epoch_after_the_first_runs_no_layer_of_the_model(adapted: LlamaForCausalLM) -> None:
+    adapter = adapter_of(adapted)
+    assert adapter is not None
+    ran: list[int] = []
+    for number, layer in enumerate(adapted.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    kept = ExitAdapterLoss(adapted, adapter, 3, keep_bytes=1e9)
+    kept.attach()
+    gradients(adapted, **batch())
+    assert ran == [0, 1, 2]
+    gradients(adapted, **batch())
+    assert ran == [0, 1, 2]
+
+
+def test_few_tokens_are_learnt_alone(adapted: LlamaForCausalLM) -> None:
+    """Σ CE(q, p) with both distributions over some tokens."""
+    adapter, rows, tokens_N = adapter_of(adapted), batch(), torch.tensor([2, 5, 11])
+    assert adapter is not None
+    loss = ExitAdapterLoss(adapted, adapter, 3, tokens_N)
+    loss.attach()
+    found = adapted(**rows).loss
+    loss.remove()
+    with running_adapter(adapted) as left_BTD:
+        last_BTD = adapted.model(
+            rows["input_ids"], position_ids=rows["position_ids"], use_cache=False
+        ).last_hidden_state
+    log_q_BTN = adapted.lm_head(adapter.norm(left_BTD[EXIT_LAYER]))[..., tokens_N].log_softmax(-1)
+    p_BTN = adapted.lm_head(last_BTD)[..., tokens_N].softmax(-1)
+    expected = -(p_BTN * log_q_BTN).sum(-1)[:, :-1][rows["labels"][:, 1:] != -100].mean()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_more_tokens_than_there_are_cannot_be_learnt(
+    tiny: MakeModel, tmp_path: Path, make_blocks: Callable[..., list[dict[str, Tensor]]], make_trainer: MakeTrainer
+) -> None:
+    model = tiny()
+    prepare_exit_adapter(model, EXIT_LAYER, "somewhere")
+    layerskip = LayerSkipArguments(train_exit_adapter=EXIT_LAYER, adapter_vocab=10**6)
+    with pytest.raises(ValueError, match="--adapter_vocab must be at most"):
+        make_trainer(model, tmp_path, make_blocks(2), layerskip)
+
+
 def test_it_sees_no_other_text_of_its_block(adapted: LlamaForCausalLM) -> None:
     """Measured on a packed block as on the texts alone."""
     texts = [torch.tensor([3, 4, 5, 6, 1]), torch.tensor([7, 8, 9, 10, 11, 1])]
@@ -111,6 +194,7 @@ def test_from_the_command_line_to_the_same_answers(
     trained = tmp_path / "adapter"
     flags = ["--data_path", texts, "--model", folder, "--output_dir", trained, "--block_size", 32]
     flags += ["--train_exit_adapter", 2, "--max_steps", 3, "--use_cpu", "True", "--report_to", "none", "--muon", muon]
+    flags += ["--adapter_vocab", 64, "--keep_states_gb", 0.1] if muon else []
     assert run_script(train.main, *flags, "--save_strategy", "no", "--token_cache", tmp_path / "cache") == 0
     assert not (trained / "model.safetensors").exists()
     assert (trained / "exit_adapter.safetensors").exists()
