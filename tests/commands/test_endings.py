@@ -271,7 +271,7 @@ def test_a_pipe_that_is_closed_ends_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
-    [{"PYTHONIOENCODING": "ascii", "COLUMNS": "0"}, {"LC_ALL": "C", "TERM": "dumb"}, {"HOME": None}],
+    [{"PYTHONIOENCODING": "ascii", "COLUMNS": "0"}, {"LC_ALL": "C", "TERM": "dumb", "HOME": None}],
     ids=str,
 )
 @pytest.mark.parametrize("script", ["generate.py", "correctness.py", "benchmark.py"])

@@ -231,12 +231,9 @@ def test_killed_runs_end_like_the_uninterrupted_one(flags: list[str], tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code", "workers"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 2)])
-def test_a_stopped_run_goes_on_and_ends_like_the_uninterrupted_one(
-    number: signal.Signals, code: int, workers: int, flags: list[str], tmp_path: Path
-) -> None:
+def test_a_stopped_run_goes_on_and_ends_like_the_uninterrupted_one(flags: list[str], tmp_path: Path) -> None:
     steps = ["--p_max", "0.5", "--max_steps", "300", "--save_steps", "1000", "--resume_from_checkpoint", "True"]
-    steps += ["--dataloader_num_workers", str(workers)]
+    steps += ["--dataloader_num_workers", "2"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_script([*flags, *steps, "--output_dir", str(whole)])
     own = [*flags, *steps, "--output_dir", str(stopped)]
@@ -252,9 +249,9 @@ def test_a_stopped_run_goes_on_and_ends_like_the_uninterrupted_one(
         while not (stopped / "layerskip_run.json").exists() and time.monotonic() < end:
             time.sleep(0.005)
         time.sleep(0.2)
-        os.killpg(process.pid, number)  # As a terminal and many a scheduler do it.
+        os.killpg(process.pid, signal.SIGTERM)  # As a terminal and many a scheduler do it.
         said = process.communicate(timeout=LIMIT_SECONDS)[1].decode()
-    assert process.returncode == code, said
+    assert process.returncode == 143, said
     assert "Traceback" not in said
     assert "--resume_from_checkpoint True" in said.splitlines()[-1]
     [checkpoint] = stopped.glob("checkpoint-*")
