@@ -58,6 +58,7 @@ class LayerSkipArguments(Settings):
         at_least=0,
         at_most=1,
         help="Share of the steps that acceptance begins with KL; then the loss is the chance's negative logarithm.",
+        is_rare=True,
     )
     anchor_weight: float = setting(
         0.0, help="Weight of KL(untouched model || last layer), which keeps the model what it was; 0 turns it off."
@@ -83,12 +84,12 @@ class LayerSkipArguments(Settings):
         0,
         at_least=0,
         help="Train the exit adapter over so many tokens alone, the training data's most frequent ones; 0: all.",
+        is_rare=True,
     )
     keep_states_gb: float = setting(
         0.0,
         at_least=0,
-        help="Memory in GiB for what the frozen model computes of the rows, so that an exit adapter's later epochs "
-        "train without running it.",
+        help="GiB for what the frozen model computes, so that an adapter's later epochs do without it.",
     )
     muon: bool = setting(default=False, help="Optimise the layers' matrices with Muon, and the rest with AdamW.")
     compile_layers: bool = setting(default=False, help="Compile each decoder layer with torch.compile.")
