@@ -113,8 +113,8 @@ class LayerSkipArguments(Settings):
         for flag in ("adapter_vocab", "keep_states_gb"):
             if getattr(self, flag) and not self.train_exit_adapter:
                 raise ValueError(f"--{flag} is for an exit adapter, and needs --train_exit_adapter.")
-        if self.keep_states_gb == math.inf:
-            raise ValueError("--keep_states_gb must be a finite number.")
+        if not self.keep_states_gb < math.inf:
+            raise ValueError(f"--keep_states_gb must be a finite number, not {self.keep_states_gb}.")
         if self.anchor_weight and self.train_exit_adapter:
             raise ValueError("--anchor_weight is for a model that changes, and does not go with --train_exit_adapter.")
 

@@ -3,7 +3,8 @@
 While an adapter is trained its model never changes, and so neither does what it computes of a row. That is kept in
 memory: what leaves the adapter's exit, which the adapter reads, and the normed states of the last layer, which teach.
 
-Shapes: B batch, T positions, n those of a row up to its last label, D hidden size.
+Shapes: B batch, M rows of it that are not kept, T positions (of a kept row those up to its last label), D hidden size,
+X what is read of a position: its token, and its number where that is given.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from self_speculation.training.labels import IGNORED_LABEL
 
 
 class Row(NamedTuple):
-    """What the model computed of a row, (n, D) each, in autocast's dtype where that is on."""
+    """What the model computed of a row, (T, D) each, in autocast's dtype where that is on."""
 
     exit_TD: Tensor
     last_TD: Tensor
@@ -104,7 +105,7 @@ def replayed(model: PreTrainedModel, exit_layer: int, exit_BTD: Tensor) -> Itera
 
 
 def _lengths(labels_BT: Tensor) -> list[int]:
-    """n of each row: no position that follows teaches anything, or is seen by one that does."""
+    """T of each row: no position that follows teaches anything, or is seen by one that does."""
     index_T = torch.arange(1, labels_BT.shape[1] + 1, device=labels_BT.device)
     lengths: list[int] = torch.where(labels_BT != IGNORED_LABEL, index_T, 0).amax(1).tolist()
     return lengths

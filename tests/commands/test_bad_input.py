@@ -290,6 +290,7 @@ MISTAKES = [
     Mistake("train", "--train_exit_adapter 1 --adapter_vocab -1", "--adapter_vocab"),
     Mistake("train", "--keep_states_gb 1", "--keep_states_gb"),
     Mistake("train", "--train_exit_adapter 1 --keep_states_gb inf", "--keep_states_gb"),
+    Mistake("train", "--train_exit_adapter 1 --keep_states_gb nan", "--keep_states_gb"),
     Mistake("train", "--anchor_weight -1", "--anchor_weight"),
     Mistake("train", "--anchor_weight nan", "--anchor_weight"),
     Mistake("train", "--anchor_weight 0.5", "--anchor_weight"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.exit_adapter import exit_adapter
+from self_speculation.exit_adapter import adapter_of, exit_adapter
 from self_speculation.families import FAMILIES
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.loading import ModelArguments, load
@@ -18,7 +18,7 @@ from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.early_exit_loss import EarlyExitLoss, ExitSchedule, ExitTarget
-from self_speculation.training.exit_adapter_loss import prepare_exit_adapter
+from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, prepare_exit_adapter
 from self_speculation.training.exit_measures import exit_sums
 from self_speculation.training.layer_dropout import DropoutRates, LayerDropout, kept_rows
 from self_speculation.training.models import TrainedModelArguments, model_to_train
@@ -232,3 +232,21 @@ def test_new_models_of_other_families(family: str, tmp_path: Path, tokenizer: Pr
     assert model.config.model_type == family
     assert model.dtype == torch.float32
     assert model.config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("exit_layer", EXITS[:-1])
+@each_family
+def test_an_exit_adapter_learns_the_same_from_kept_states(
+    family: str, exit_layer: int, batch: dict[str, Tensor]
+) -> None:
+    """The family's own mask and positions reach the adapter's layer, though the model's layers do not run."""
+    model = make_family(family).double().train()
+    prepare_exit_adapter(model, exit_layer, "somewhere")
+    adapter = adapter_of(model)
+    assert adapter is not None
+    losses = []
+    for loss in (ExitAdapterLoss(model, adapter, 5), ExitAdapterLoss(model, adapter, 5, keep_bytes=1e9)):
+        loss.attach()
+        losses += [model(**batch).loss.item() for _ in range(2)]
+        loss.remove()
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-12)
