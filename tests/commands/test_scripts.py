@@ -245,6 +245,8 @@ def test_the_documents_commands_run(command: Command, run: Callable[..., int], r
         flags += ["--dataset", "custom_jsonl", "--data_path", str(rows), "--prompt_style", "own"]
     if "--compile" in flags:
         flags += ["--compile", "none"]
+    if "--draft_vocab" in flags:
+        flags += ["--draft_vocab", "1000"]
     if find_spec("llama_cpp") is None:
         flags = [flag for flag in flags if not flag.startswith("llama_cpp")]
     if main is generate.main and "--prompt" not in flags:
