@@ -86,6 +86,13 @@ class LayerSkipArguments(Settings):
         help="Train the exit adapter over so many tokens alone, the training data's most frequent ones; 0: all.",
         is_rare=True,
     )
+    argmax_share: float = setting(
+        0.0,
+        at_least=0,
+        at_most=1,
+        help="Share of an exit adapter's loss that is for the last layer's most likely token, not its distribution.",
+        is_rare=True,
+    )
     keep_states_gb: float = setting(
         0.0,
         at_least=0,
@@ -110,7 +117,7 @@ class LayerSkipArguments(Settings):
             raise ValueError("--lora_from is an adapter to begin with, and needs --lora_rank.")
         if self.lora_rank and self.train_exit_adapter:
             raise ValueError("--lora_rank changes the model, and does not go with --train_exit_adapter.")
-        for flag in ("adapter_vocab", "keep_states_gb"):
+        for flag in ("adapter_vocab", "argmax_share", "keep_states_gb"):
             if getattr(self, flag) and not self.train_exit_adapter:
                 raise ValueError(f"--{flag} is for an exit adapter, and needs --train_exit_adapter.")
         if not self.keep_states_gb < math.inf:

@@ -36,6 +36,17 @@ def distillation_cross_entropy(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, 
     return loss, log_q_CV.exp_().sub_(p_CV)
 
 
+def partly_argmax(share: float) -> TaughtLoss:
+    """Σ CE(p', q) with p' = (1 − s) · p + s · [v is p's argmax]: of the loss, s is for what greedy decoding takes."""
+
+    def loss(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, Tensor]:
+        target_CV = (1 - share) * p_CV
+        target_CV.scatter_add_(-1, p_CV.argmax(-1, keepdim=True), target_CV.new_full((len(p_CV), 1), share))
+        return distillation_cross_entropy(log_q_CV, target_CV)
+
+    return loss
+
+
 def acceptance_loss(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, Tensor]:
     """−Σ log α with α = Σ_v min(p, q), the chance that a token drawn from q is accepted (arXiv 2602.23881).
 

@@ -10,6 +10,7 @@ Shapes: B batch, T positions, D hidden size, V vocabulary, K positions with labe
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, adapter_of
 from self_speculation.families import logits_function
-from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, distillation_cross_entropy
+from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, TaughtLoss, distillation_cross_entropy
 from self_speculation.training.kept_states import KeptStates, replayed
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
@@ -70,12 +71,23 @@ def running_adapter(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
         hook.remove()
 
 
+@dataclass(frozen=True)
+class AdapterTarget:
+    """What an adapter learns: a loss by the last layer's distribution, over some tokens (N) where not over all."""
+
+    taught: TaughtLoss = distillation_cross_entropy
+    tokens_N: Tensor | None = None
+
+
+LAST_LAYER = AdapterTarget()
+
+
 class ExitAdapterLoss:
     """Σ CE(adapter's distribution, last layer's) per labelled token, inside the model's `forward`; removable again.
 
-    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call. With
-    `tokens_N` both distributions are those over these tokens; with `keep_bytes` so much of what the model computes is
-    kept for other epochs.
+    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call. The
+    target may be another one, and fewer tokens; with `keep_bytes` so much of what the model computes is kept for other
+    epochs.
     """
 
     def __init__(
@@ -83,16 +95,15 @@ class ExitAdapterLoss:
         model: PreTrainedModel,
         adapter: ExitAdapter,
         chunk_tokens: int,
-        tokens_N: Tensor | None = None,
+        target: AdapterTarget = LAST_LAYER,
         keep_bytes: float = 0.0,
     ) -> None:
         self.model = model
         self.adapter = adapter
-        self.tokens_N = tokens_N
+        self.target = target
         self.kept = KeptStates(model, adapter.exit_layer, keep_bytes) if keep_bytes else None
         # The last layer teaches, and weighs nothing.
-        taught, logits = distillation_cross_entropy, logits_function(model)
-        self.sums = ExitSums((0.0, 1.0), taught, chunk_tokens, logits=logits)
+        self.sums = ExitSums((0.0, 1.0), target.taught, chunk_tokens, logits=logits_function(model))
         self.step = 0
 
     def attach(self) -> None:
@@ -132,7 +143,8 @@ class ExitAdapterLoss:
     def _head(self) -> Tensor:
         """The LM head's rows that are learnt, (V, D) or (N, D)."""
         weight_VD: Tensor = self.model.lm_head.weight
-        return weight_VD if self.tokens_N is None else weight_VD[self.tokens_N.to(weight_VD.device)]
+        tokens_N = self.target.tokens_N
+        return weight_VD if tokens_N is None else weight_VD[tokens_N.to(weight_VD.device)]
 
     def _loss(
         self, left_BTD: Tensor, last_BTD: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None

@@ -16,7 +16,13 @@ from self_speculation.loading import ModelArguments, load
 from self_speculation.measuring.exit_report import evaluate_exits
 from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 from self_speculation.training.arguments import LayerSkipArguments
-from self_speculation.training.exit_adapter_loss import ExitAdapterLoss, prepare_exit_adapter, running_adapter
+from self_speculation.training.chunked_loss import partly_argmax
+from self_speculation.training.exit_adapter_loss import (
+    AdapterTarget,
+    ExitAdapterLoss,
+    prepare_exit_adapter,
+    running_adapter,
+)
 from self_speculation.training.packing import block_item
 from self_speculation.training.trainer import LayerSkipTrainer
 
@@ -128,12 +134,13 @@ def test_an_epoch_after_the_first_runs_no_layer_of_the_model(adapted: LlamaForCa
 
 
 def test_few_tokens_are_learnt_alone(adapted: LlamaForCausalLM) -> None:
-    """Σ CE(q, p) with both distributions over some tokens."""
+    """(1 − s) · Σ CE(p, q) − s · Σ log q(argmax p) with both distributions over some tokens."""
     adapter, rows, tokens_N = adapter_of(adapted), batch(), torch.tensor([2, 5, 11])
     assert adapter is not None
-    loss = ExitAdapterLoss(adapted, adapter, 3, tokens_N)
+    loss = ExitAdapterLoss(adapted, adapter, 3, AdapterTarget(partly_argmax(0.3), tokens_N))
     loss.attach()
     found = adapted(**rows).loss
+    [found_D] = torch.autograd.grad(found, [adapter.norm.weight])
     loss.remove()
     with running_adapter(adapted) as left_BTD:
         last_BTD = adapted.model(
@@ -141,8 +148,12 @@ def test_few_tokens_are_learnt_alone(adapted: LlamaForCausalLM) -> None:
         ).last_hidden_state
     log_q_BTN = adapted.lm_head(adapter.norm(left_BTD[EXIT_LAYER]))[..., tokens_N].log_softmax(-1)
     p_BTN = adapted.lm_head(last_BTD)[..., tokens_N].softmax(-1)
-    expected = -(p_BTN * log_q_BTN).sum(-1)[:, :-1][rows["labels"][:, 1:] != -100].mean()
+    chosen_BT = log_q_BTN.gather(-1, p_BTN.argmax(-1, keepdim=True))[..., 0]
+    loss_BT = -(0.7 * (p_BTN * log_q_BTN).sum(-1) + 0.3 * chosen_BT)
+    expected = loss_BT[:, :-1][rows["labels"][:, 1:] != -100].mean()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    [expected_D] = torch.autograd.grad(expected, [adapter.norm.weight])
+    torch.testing.assert_close(found_D, expected_D, rtol=1e-6, atol=1e-9)
 
 
 def test_more_tokens_than_there_are_cannot_be_learnt(
