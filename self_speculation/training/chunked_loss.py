@@ -36,15 +36,16 @@ def distillation_cross_entropy(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, 
     return loss, log_q_CV.exp_().sub_(p_CV)
 
 
-def partly_argmax(share: float) -> TaughtLoss:
-    """Σ CE(p', q) with p' = (1 − s) · p + s · [v is p's argmax]: of the loss, s is for what greedy decoding takes."""
+def partly_argmax(log_q_CV: Tensor, p_CV: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Σ CE(p', q) with p' = (1 − s) · p + s · [v is p's argmax], and its gradient, q − p'.
 
-    def loss(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, Tensor]:
-        target_CV = (1 - share) * p_CV
-        target_CV.scatter_add_(-1, p_CV.argmax(-1, keepdim=True), target_CV.new_full((len(p_CV), 1), share))
-        return distillation_cross_entropy(log_q_CV, target_CV)
-
-    return loss
+    The share s is for what greedy decoding takes.
+    """
+    chosen_C1 = p_CV.argmax(-1, keepdim=True)
+    log_q_of_chosen = log_q_CV.gather(-1, chosen_C1).sum()
+    loss, gradient_CV = distillation_cross_entropy(log_q_CV, p_CV)
+    gradient_CV.add_(p_CV, alpha=share).scatter_add_(-1, chosen_C1, p_CV.new_full(chosen_C1.shape, -share))
+    return (1 - share) * loss - share * log_q_of_chosen, gradient_CV
 
 
 def acceptance_loss(log_q_CV: Tensor, p_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ Shapes: B batch, T positions, D hidden size, V vocabulary, K positions with labe
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter, adapter_of
 from self_speculation.families import logits_function
-from self_speculation.training.chunked_loss import ExitSums, SummedExitLoss, TaughtLoss, distillation_cross_entropy
+from self_speculation.training.chunked_loss import (
+    ExitSums,
+    SummedExitLoss,
+    TaughtLoss,
+    distillation_cross_entropy,
+    partly_argmax,
+)
 from self_speculation.training.kept_states import KeptStates, replayed
 from self_speculation.training.labels import IGNORED_LABEL, next_labels
 
@@ -73,10 +79,15 @@ def running_adapter(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """What an adapter learns: a loss by the last layer's distribution, over some tokens (N) where not over all."""
+    """What an adapter learns: the last layer's distribution, a share of it its argmax; of all tokens or of some (N)."""
 
-    taught: TaughtLoss = distillation_cross_entropy
+    argmax_share: float = 0.0
     tokens_N: Tensor | None = None
+
+    @property
+    def taught(self) -> TaughtLoss:
+        """The loss by the last layer's distribution."""
+        return partial(partly_argmax, share=self.argmax_share) if self.argmax_share else distillation_cross_entropy
 
 
 LAST_LAYER = AdapterTarget()
@@ -85,9 +96,8 @@ LAST_LAYER = AdapterTarget()
 class ExitAdapterLoss:
     """Σ CE(adapter's distribution, last layer's) per labelled token, inside the model's `forward`; removable again.
 
-    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call. The
-    target may be another one, and fewer tokens; with `keep_bytes` so much of what the model computes is kept for other
-    epochs.
+    It stands in the place of `EarlyExitLoss`: inside `forward` because DDP prepares the adapter around that call. With
+    `keep_bytes` so much of what the model computes is kept for other epochs.
     """
 
     def __init__(

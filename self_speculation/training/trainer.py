@@ -12,7 +12,6 @@ from self_speculation.training.anchor import anchored
 from self_speculation.training.arguments import LayerSkipArguments
 from self_speculation.training.checkpoints import LOWER, WholeCheckpointTrainer
 from self_speculation.training.checks import check_optimiser
-from self_speculation.training.chunked_loss import partly_argmax
 from self_speculation.training.early_exit_loss import EarlyExitLoss
 from self_speculation.training.exit_adapter_loss import AdapterTarget, ExitAdapterLoss
 from self_speculation.training.exit_measures import exit_metrics, scoring
@@ -76,7 +75,7 @@ class LayerSkipTrainer(WholeCheckpointTrainer):
         """J of section 4.1.2, or the loss of an exit adapter, which alone is trained."""
         own, adapter = self.layerskip, adapter_of(self.llama)
         if adapter is not None:
-            target = AdapterTarget(partly_argmax(own.argmax_share), self._drafted_tokens())
+            target = AdapterTarget(own.argmax_share, self._drafted_tokens())
             return ExitAdapterLoss(self.llama, adapter, own.loss_chunk_tokens, target, own.keep_states_gb * 2**30)
         schedule = own.exit_schedule(self.llama.config.num_hidden_layers, num_steps)
         loss = EarlyExitLoss(self.llama, schedule, own.exit_target, own.loss_chunk_tokens)

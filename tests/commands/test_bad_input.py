@@ -288,6 +288,8 @@ MISTAKES = [
     Mistake("train", "--anchor_weight 1 --train_exit_adapter 1", "--anchor_weight"),
     Mistake("train", "--adapter_vocab 8", "--adapter_vocab"),
     Mistake("train", "--train_exit_adapter 1 --adapter_vocab -1", "--adapter_vocab"),
+    Mistake("train", "--argmax_share 0.5", "--argmax_share"),
+    Mistake("train", "--train_exit_adapter 1 --argmax_share nan", "--argmax_share"),
     Mistake("train", "--keep_states_gb 1", "--keep_states_gb"),
     Mistake("train", "--train_exit_adapter 1 --keep_states_gb inf", "--keep_states_gb"),
     Mistake("train", "--train_exit_adapter 1 --keep_states_gb nan", "--keep_states_gb"),
