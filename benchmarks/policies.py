@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from self_speculation.decoding.acceptance import Acceptance
 from self_speculation.decoding.adaptive_step import AdaptiveStep
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import DRAFTS, FREE, Cell
@@ -72,7 +73,8 @@ class Scored(WithoutLookup):
 
     def score(self, exit_layer: int, drafted: int, accepted: int) -> None:
         """So many tokens would have been drafted, and so many of them accepted."""
-        known = self.known.setdefault(exit_layer, replace(self.known[self.first], accepted=0.0, stopped=0.0))
+        first = self.known[self.first]
+        known = self.known.setdefault(exit_layer, Acceptance(first.prior, first.weight))
         known.add(drafted, accepted)
         self.bests.pop(exit_layer, None)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from self_speculation.advice import Recommendation, advice_for
+from self_speculation.decoding.acceptance import MEASURED_DRAFTS, Acceptance
 from self_speculation.decoding.adaptive_step import AdaptiveStep, letting_adapter_wait
 from self_speculation.decoding.cell import DRAFTS
 from self_speculation.decoding.compiled_menu import CompiledMenu
@@ -20,7 +21,7 @@ from self_speculation.decoding.confidence import MOST_LOOKING, ConfidentRule, lo
 from self_speculation.decoding.draft_head import DraftHeads
 from self_speculation.decoding.early_exit import check_exit_layer
 from self_speculation.decoding.free_passes import takes_free_drafts
-from self_speculation.decoding.policy import MEASURED_DRAFTS, Acceptance, Policy
+from self_speculation.decoding.policy import Policy
 from self_speculation.decoding.session import EagerStep, Step
 from self_speculation.decoding.step import StepPlan
 from self_speculation.decoding.step_costs import StepCosts, step_costs

@@ -57,7 +57,7 @@ class AdaptiveStep:
         if adapter is not None and isinstance(kernels, LateAdapterKernels):
             kernels.catch_up(adapter, self.rows.cache)
         step = self.exits[self.cell.exit_layer]
-        if not isinstance(step.passes.rule, ConfidentRule):
+        if not isinstance(step.passes.rule, ConfidentRule) or not self.policy.asks(self.cell.exit_layer):
             return step(num_drafts)
         drafted = list(self._draft(step.passes, step.passes.rule, most))
         return speculative_step(DraftGiven(step.passes, drafted), self.rows, len(drafted))

@@ -1,16 +1,17 @@
 """Which exit layer and draft length the next step takes: a pure object that sees counts and costs only.
 
-A token drafted at exit E is accepted with a probability α(E), which is estimated from the counts of accepted drafts and
-of drafts that ended a step, the older the less. A step with d drafts is expected to give τ = (1 − α^(d+1)) / (1 − α)
-tokens (Leviathan et al. 2023, equation 1), and its seconds have been measured. The choice is the cell of the most
-tokens a second; with d = 0 that is autoregressive decoding. Another exit is tried where it would be better if luck has
-it: the less is known of it, the more luck there may be. Little time may be lost by that.
+A token drafted at exit E is accepted with a probability α(E), which is estimated (`decoding/acceptance.py`). A step
+with d drafts is expected to give τ = (1 − α^(d+1)) / (1 − α) tokens (Leviathan et al. 2023, equation 1), and its
+seconds have been measured. The choice is the cell of the most tokens a second; with d = 0 that is autoregressive
+decoding. Another exit is tried where it would be better if luck has it: the less is known of it, the more luck there
+may be. Little time may be lost by that.
 
 Drafts that cost nothing (`decoding/lookup.py`) are one more choice where there are any: cells of exit 0, whose α is
 known by the length of the match.
 
 Where it is known how sure a draft is of each token (`decoding/confidence.py`), it may go on past d or stop before: one
-token more pays while the chance that it will be accepted is worth its seconds.
+token more pays while the chance that it will be accepted is worth its seconds. Where that says nothing of what will be
+accepted, as on random text, drafts have d tokens, and are asked now and then.
 """
 
 import math
@@ -20,85 +21,33 @@ from functools import cached_property
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
 
+from self_speculation.decoding.acceptance import (
+    PRIOR,
+    PRIOR_OF_OTHERS,
+    UNKNOWN,
+    Acceptance,
+    Graded,
+    grade,
+    graded,
+    tells_apart,
+)
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 
-# How much an earlier draft counts for each that came after it, and for each step without any at its exit: what was
-# learnt long ago says little, though as much as so many drafts.
-MEMORY, LEAST_KEPT = 0.98, 6.0
-# The estimate before anything was drafted, at the exit to begin with and at others, and how many drafts it is worth;
-# how many one is worth that was measured.
-PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
-MEASURED_DRAFTS = 10.0
-# The same for drafts that cost nothing, by the least length of their match.
+# The estimate of α for drafts that cost nothing, by the least length of their match.
 PRIOR_OF_FREE = {3.0: 0.4, 5.0: 0.6, 9.0: 0.8}
 # The same for drafts of an exit, by the least probability that it gives them.
 PRIOR_OF_SURE = {0.0: 0.4, 0.3: 0.6, 0.6: 0.8, 0.85: 0.93}
-# How much the drafts of earlier prompts count for at the beginning of another one, which may be of another kind.
-EARLIER_DRAFTS = 4.0
+# Where it says nothing how sure drafts are, they are asked in every so many steps.
+ASKED_EVERY = 8
 # A cell is left only for one that is better by this factor.
 HYSTERESIS = 1.005
-# How many standard deviations of its estimate an exit may be better than it seems, and the least variance of a draft.
-LUCK, LEAST_VARIANCE = 2.0, 0.05
 # Another exit is thought of in every so many steps: to think takes time, too.
 TRIED_EVERY = 4
 # Below one, where the sum that gives τ has a value.
 MOST_CERTAIN = 1 - 1e-9
 # The share of the time that trying other cells may lose.
 MOST_LOST = 0.012
-
-
-@dataclass
-class Acceptance:
-    """What is known of an exit's drafts: accepted ones and those at which a draft ended, both forgotten slowly.
-
-    `weight` is how many drafts the prior is worth.
-    """
-
-    prior: float = PRIOR_OF_OTHERS
-    accepted: float = 0.0
-    stopped: float = 0.0
-    weight: float = PRIOR_DRAFTS
-
-    @property
-    def rate(self) -> float:
-        """α, with a prior, so that it is a number from the beginning."""
-        return (self.accepted + self.prior * self.weight) / (self.accepted + self.stopped + self.weight)
-
-    def with_luck(self, steps_without: int) -> float:
-        """How high α may well be, after so many steps without drafts, which make what is known worth less."""
-        alpha = self.rate
-        drafts = (self.accepted + self.stopped) * MEMORY**steps_without + self.weight
-        return alpha + LUCK * math.sqrt(max(alpha * (1 - alpha), LEAST_VARIANCE) / drafts)
-
-    def of_earlier_prompts(self) -> "Acceptance":
-        """The same, worth few drafts; and what was measured before all prompts is worth no more than they."""
-        share = min(1.0, EARLIER_DRAFTS / max(self.accepted + self.stopped, EARLIER_DRAFTS))
-        weight = min(self.weight, EARLIER_DRAFTS)
-        return replace(self, accepted=self.accepted * share, stopped=self.stopped * share, weight=weight)
-
-    def add(self, drafted: int, accepted: int, steps_without: int = 0) -> None:
-        """A row's drafts in one step, after so many steps that had none."""
-        kept = MEMORY ** min(drafted, accepted + 1)
-        if steps_without:
-            kept *= max(MEMORY**steps_without, LEAST_KEPT / max(self.accepted + self.stopped, LEAST_KEPT))
-        self.accepted = self.accepted * kept + accepted
-        self.stopped = self.stopped * kept + (accepted < drafted)
-
-
-UNKNOWN = Acceptance()
-# An acceptance for each of some least values.
-Graded = dict[float, Acceptance]
-
-
-def graded(priors: Mapping[float, float]) -> Graded:
-    """Before anything was drafted."""
-    return {least: Acceptance(prior) for least, prior in priors.items()}
-
-
-def grade(known: Graded, value: float) -> Acceptance:
-    """What is known of drafts of such a value."""
-    return known[max(least for least in known if least <= value)]
 
 
 class Expected(NamedTuple):
@@ -130,6 +79,8 @@ class Policy:
     # Whether drafts may stop where they are not sure. Of each exit, what is known by how sure it was.
     stops: ClassVar[bool] = True
     sure: dict[int, Graded] = field(default_factory=dict)
+    # Whether that says anything.
+    telling: dict[int, bool] = field(default_factory=dict)
     # Of each exit, the best of all its cells with what it is expected to give, until more is known of the exit.
     bests: dict[int, "Expected"] = field(default_factory=dict, init=False)
 
@@ -198,6 +149,10 @@ class Policy:
             return False
         return not self.current.num_speculations or cell.exit_layer != self.current.exit_layer
 
+    def asks(self, exit_layer: int) -> bool:
+        """Whether an exit is to be asked how sure it is of its drafts, by which they stop."""
+        return self.telling.get(exit_layer, True) or self.steps % ASKED_EVERY == 0
+
     def goes_on(self, exit_layer: int, confidences: Sequence[float]) -> bool:
         """Whether one token more pays, after drafts that an exit was so sure of."""
         known = self.sure.setdefault(exit_layer, graded(PRIOR_OF_SURE))
@@ -210,6 +165,7 @@ class Policy:
         known = self.sure.setdefault(exit_layer, graded(PRIOR_OF_SURE))
         for place, confidence in enumerate(confidences[: accepted + 1]):
             grade(known, confidence).add(1, int(place < accepted))
+        self.telling[exit_layer] = tells_apart(known)
 
     def draft_seconds(self, exit_layer: int) -> float:
         """What one token more of a draft costs."""

@@ -86,7 +86,7 @@ def test_scored_exits(policy: type[Scored], model: LlamaForCausalLM, tokenizer: 
     assert found.tokens == expected.tokens
     assert set(strategy.learnt.known) == {1, 2, 3}
     for known in strategy.learnt.known.values():
-        assert known.accepted + known.stopped > 10
+        assert known.short.drafts > 10
 
 
 def test_del_counts_layers() -> None:

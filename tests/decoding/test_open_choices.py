@@ -10,9 +10,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation import LayerSkip
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
+from self_speculation.decoding.acceptance import MEASURED_DRAFTS, PRIOR, Acceptance
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
-from self_speculation.decoding.policy import MEASURED_DRAFTS, PRIOR, Acceptance, Policy
+from self_speculation.decoding.policy import Policy
 from self_speculation.exit_adapter import ATTRIBUTE, ExitAdapter
 from self_speculation.generator_base import GenerationConfig, GenerationResult, HuggingfaceLlamaGenerator
 from self_speculation.kept_strategies import KeptStrategies
