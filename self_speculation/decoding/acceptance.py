@@ -22,8 +22,7 @@ EARLIER_DRAFTS = 4.0
 LUCK, LEAST_VARIANCE = 2.0, 0.05
 # How many drafts show whether some are accepted more often than others, and by how much.
 ENOUGH, LEAST_SPREAD = 8, 0.1
-# A memory's estimate lies so far from 0 and 1, for what it holds for impossible may come true; and neither memory is
-# ever trusted alone.
+# A memory's estimate is held to lie so far from 0 and 1, and neither memory is ever trusted alone.
 LEAST_CHANCE, MOST_ODDS = 1e-3, 3.0
 
 
@@ -86,21 +85,23 @@ class Acceptance:
         """A row's drafts in one step, after so many steps that had none."""
         judged = min(drafted, accepted + 1)
         stopped = judged - accepted
-        odds = self.odds * LONG_MEMORY**judged + self._foretold(accepted, stopped)
+        short, long = MEMORY**judged, LONG_MEMORY**judged
+        odds = self.odds * long + self._foretold(accepted, stopped)
         self.odds = min(max(odds, -MOST_ODDS), MOST_ODDS)
-        kept = MEMORY**judged
         if steps_without:
-            kept *= max(MEMORY**steps_without, LEAST_KEPT / max(self.short.drafts, LEAST_KEPT))
-        self.short.add(accepted, stopped, kept)
-        self.long.add(accepted, stopped, LONG_MEMORY**judged)
+            short *= max(MEMORY**steps_without, LEAST_KEPT / max(self.short.drafts, LEAST_KEPT))
+        self.short.add(accepted, stopped, short)
+        self.long.add(accepted, stopped, long)
 
     def _foretold(self, accepted: int, stopped: int) -> float:
         """How much better the long memory has foretold that."""
-        long, short = (
-            min(max(counts.rate(self.prior, self.weight), LEAST_CHANCE), 1 - LEAST_CHANCE)
-            for counts in (self.long, self.short)
-        )
-        return accepted * math.log(long / short) + stopped * math.log((1 - long) / (1 - short))
+        short, long = self._chance(self.short), self._chance(self.long)
+        better = accepted * math.log(long / short) if accepted else 0.0
+        return better + math.log((1 - long) / (1 - short)) if stopped else better
+
+    def _chance(self, counts: Counts) -> float:
+        """A memory's estimate, which holds nothing for impossible."""
+        return min(max(counts.rate(self.prior, self.weight), LEAST_CHANCE), 1 - LEAST_CHANCE)
 
 
 UNKNOWN = Acceptance()
