@@ -6,6 +6,7 @@ one that has lately foretold better what was accepted.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -105,24 +106,24 @@ class Acceptance:
 
 
 UNKNOWN = Acceptance()
-# An acceptance for each of some least values.
-Graded = dict[float, Acceptance]
 
 
-def graded(priors: Mapping[float, float]) -> Graded:
-    """Before anything was drafted."""
-    return {least: Acceptance(prior) for least, prior in priors.items()}
+class Graded:
+    """What is known of drafts that differ by a value: an acceptance for all from each of some least values on."""
 
+    def __init__(self, priors: Mapping[float, float]) -> None:
+        self.least = sorted(priors)
+        self.grades = [Acceptance(priors[least]) for least in self.least]
 
-def grade(known: Graded, value: float) -> Acceptance:
-    """What is known of drafts of such a value."""
-    return known[max(least for least in known if least <= value)]
+    def at(self, value: float) -> Acceptance:
+        """What is known of drafts of such a value."""
+        return self.grades[bisect_right(self.least, value) - 1]
 
-
-def tells_apart(known: Graded) -> bool:
-    """Whether α differs by the value: its standard deviation over the drafts; true until there were enough of them."""
-    drafts = sum(one.short.drafts for one in known.values())
-    if drafts < ENOUGH:
-        return True
-    mean = sum(one.short.accepted for one in known.values()) / drafts
-    return sum(one.short.drafts * (one.rate - mean) ** 2 for one in known.values()) >= LEAST_SPREAD**2 * drafts
+    def tells_apart(self) -> bool:
+        """Whether α differs by the value: its standard deviation over the drafts; true until there were enough."""
+        drafts = sum(grade.short.drafts for grade in self.grades)
+        if drafts < ENOUGH:
+            return True
+        mean = sum(grade.short.accepted for grade in self.grades) / drafts
+        squares = sum(grade.short.drafts * (grade.rate - mean) ** 2 for grade in self.grades)
+        return squares >= LEAST_SPREAD**2 * drafts

@@ -73,9 +73,9 @@ class AdaptiveStep:
     def observe(self, steps: Sequence[RowStep]) -> None:
         """Tell the policy what came of the last step, and the lookup what the row's tokens are now."""
         drafted, accepted = [len(step.drafted) for step in steps], [step.accepted for step in steps]
-        self.policy.observe(self.cell, drafted, accepted, self.free)
         if self.confidences:
             self.policy.observe_confidences(self.cell.exit_layer, self.confidences[: drafted[0]], accepted[0])
+        self.policy.observe(self.cell, drafted, accepted, self.free)
         if self.lookup is not None:
             self.lookup.extend(steps[0].tokens)
         kernels = self.passes.kernels

@@ -21,16 +21,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
 
-from self_speculation.decoding.acceptance import (
-    PRIOR,
-    PRIOR_OF_OTHERS,
-    UNKNOWN,
-    Acceptance,
-    Graded,
-    grade,
-    graded,
-    tells_apart,
-)
+from self_speculation.decoding.acceptance import PRIOR, PRIOR_OF_OTHERS, UNKNOWN, Acceptance, Graded
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 
@@ -75,14 +66,16 @@ class Policy:
     steps: int = 0
     # The last step with drafts of each exit.
     last: dict[int, int] = field(default_factory=dict)
-    free: Graded = field(default_factory=lambda: graded(PRIOR_OF_FREE))
+    free: Graded = field(default_factory=lambda: Graded(PRIOR_OF_FREE))
     # Whether drafts may stop where they are not sure. Of each exit, what is known by how sure it was.
     stops: ClassVar[bool] = True
     sure: dict[int, Graded] = field(default_factory=dict)
     # Whether that says anything.
     telling: dict[int, bool] = field(default_factory=dict)
     # Of each exit, the best of all its cells with what it is expected to give, until more is known of the exit.
-    bests: dict[int, "Expected"] = field(default_factory=dict, init=False)
+    bests: dict[int, Expected] = field(default_factory=dict, init=False)
+    # The best of those, as was last thought.
+    best: Expected | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.known.setdefault(self.first, Acceptance(PRIOR))
@@ -97,16 +90,16 @@ class Policy:
 
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """The cell of the next step, which has room for so many drafts."""
-        best = self._best(most_drafts)
+        best = self.best = self._best(most_drafts)
         self.current = best.cell
         num_free = min(len(free.tokens), most_drafts)
         if FREE in self._menu and num_free:
-            gratis = self._best_at(FREE, num_free, grade(self.free, free.match).rate)
+            gratis = self._best_at(FREE, num_free, self.free.at(free.match).rate)
             if gratis.tokens_per_second > best.tokens_per_second:
                 return gratis.cell
         return self._trial(best, most_drafts) if most_drafts >= self._shortest else best.cell
 
-    def _best(self, most_drafts: int) -> "Expected":
+    def _best(self, most_drafts: int) -> Expected:
         """The best of the exits' own cells; the current one, where that is as good."""
         bests = (self._best_of(exit_layer, most_drafts) for exit_layer in self.known)
         best = max(bests, key=attrgetter("tokens_per_second"))
@@ -115,7 +108,7 @@ class Policy:
         current = Expected(self.current, self.tokens_per_second(self.current))
         return best if best.tokens_per_second >= HYSTERESIS * current.tokens_per_second else current
 
-    def _best_of(self, exit_layer: int, most_drafts: int) -> "Expected":
+    def _best_of(self, exit_layer: int, most_drafts: int) -> Expected:
         """An exit's best cell; looked for once, where its longest draft has room."""
         if most_drafts < self._longest:
             return self._best_at(exit_layer, most_drafts, self.known[exit_layer].rate)
@@ -129,7 +122,7 @@ class Policy:
         self.elapsed += seconds
         self.steps += 1
         if cell.exit_layer == FREE:
-            grade(self.free, free.match).add(drafted[0], accepted[0])
+            self.free.at(free.match).add(drafted[0], accepted[0])
             return
         if self._is_trial(cell):
             tokens = sum(accepted) / max(len(accepted), 1) + 1
@@ -155,17 +148,18 @@ class Policy:
 
     def goes_on(self, exit_layer: int, confidences: Sequence[float]) -> bool:
         """Whether one token more pays, after drafts that an exit was so sure of."""
-        known = self.sure.setdefault(exit_layer, graded(PRIOR_OF_SURE))
-        chance = math.prod(grade(known, confidence).rate for confidence in confidences)
-        best = self.tokens_per_second(self.current or Cell(exit_layer, 1))
+        known = self.sure.setdefault(exit_layer, Graded(PRIOR_OF_SURE))
+        chance = math.prod(known.at(confidence).rate for confidence in confidences)
+        best = self.best.tokens_per_second if self.best else self.tokens_per_second(Cell(exit_layer, 1))
         return chance * self.known.get(exit_layer, UNKNOWN).rate >= self.draft_seconds(exit_layer) * best
 
     def observe_confidences(self, exit_layer: int, confidences: Sequence[float], accepted: int) -> None:
         """How sure an exit was of the drafts of a row, of which so many were accepted."""
-        known = self.sure.setdefault(exit_layer, graded(PRIOR_OF_SURE))
+        known = self.sure.setdefault(exit_layer, Graded(PRIOR_OF_SURE))
         for place, confidence in enumerate(confidences[: accepted + 1]):
-            grade(known, confidence).add(1, int(place < accepted))
-        self.telling[exit_layer] = tells_apart(known)
+            known.at(confidence).add(1, int(place < accepted))
+        if self.steps % ASKED_EVERY == 0:
+            self.telling[exit_layer] = known.tells_apart()
 
     def draft_seconds(self, exit_layer: int) -> float:
         """What one token more of a draft costs."""
@@ -217,11 +211,11 @@ class Policy:
         """The menu's longest draft."""
         return max(cell.num_speculations for cell in self.seconds)
 
-    def _best_at(self, exit_layer: int, most_drafts: int, alpha: float) -> "Expected":
+    def _best_at(self, exit_layer: int, most_drafts: int, alpha: float) -> Expected:
         """An exit's own best cell."""
         return _best_of_cells(self._menu[exit_layer], most_drafts, alpha)
 
-    def _trial(self, best: "Expected", most_drafts: int) -> Cell:
+    def _trial(self, best: Expected, most_drafts: int) -> Cell:
         """A draft of another exit (of any, where nothing is drafted) that luck may make the best, if little is lost.
 
         Every exit may lose as much, lest those that lose little leave nothing to others.
@@ -246,6 +240,10 @@ class Policy:
 def _best_of_cells(pairs: list[tuple[Cell, float]], most_drafts: int, alpha: float) -> Expected:
     """Of cells and their seconds the best: the sum that gives τ, but for its denominator, over the seconds."""
     alpha = min(alpha, MOST_CERTAIN)
-    room = (((1 - alpha ** (cell[1] + 1)) / seconds, cell) for cell, seconds in pairs if cell[1] <= most_drafts)
-    most, best = max(room)
+    best, most = pairs[0][0], 0.0
+    for cell, seconds in pairs:
+        if cell[1] <= most_drafts:
+            rate = (1 - alpha ** (cell[1] + 1)) / seconds
+            if rate > most:
+                best, most = cell, rate
     return Expected(best, most / (1 - alpha))

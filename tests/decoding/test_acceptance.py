@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from self_speculation.decoding.acceptance import MOST_ODDS, Acceptance, Counts, graded, tells_apart
+from self_speculation.decoding.acceptance import MOST_ODDS, Acceptance, Counts, Graded
 
 
 def test_the_estimate_is_a_number_from_the_beginning() -> None:
@@ -88,7 +88,12 @@ def test_another_prompt_may_be_of_another_kind() -> None:
     ],
 )
 def test_whether_some_drafts_are_better(drafts: list[tuple[float, int]], tells: bool) -> None:
-    known = graded({0.0: 0.4, 0.5: 0.8})
+    known = Graded({0.5: 0.8, 0.0: 0.4})
     for value, accepted in drafts:
-        known[0.0 if value < 0.5 else 0.5].add(1, accepted)
-    assert tells_apart(known) is tells
+        known.at(value).add(1, accepted)
+    assert known.tells_apart() is tells
+
+
+def test_drafts_are_graded_by_the_value_that_they_reach() -> None:
+    known = Graded({0.5: 0.8, 0.0: 0.4})
+    assert [known.at(value).prior for value in (0.0, 0.49, 0.5, 1.0)] == [0.4, 0.4, 0.8, 0.8]

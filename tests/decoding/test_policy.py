@@ -16,7 +16,7 @@ from self_speculation.decoding.confidence import ConfidentRule
 from self_speculation.decoding.early_exit import TorchKernels
 from self_speculation.decoding.late_adapter import LateAdapterKernels
 from self_speculation.decoding.lookup import NOTHING, FreeDraft, Lookup
-from self_speculation.decoding.policy import MOST_LOST, Policy
+from self_speculation.decoding.policy import MOST_LOST, Expected, Policy
 from self_speculation.decoding.sampling import COUPLED_STREAM, NUM_STREAMS, noise
 from self_speculation.decoding.verification import Draft, GreedyRule
 from self_speculation.decoding.width_invariant import WidthInvariantKernels
@@ -152,7 +152,7 @@ def test_a_draft_goes_on_while_it_is_sure_enough(
     history: list[tuple[list[float], int]], confidences: list[float], goes_on: bool
 ) -> None:
     policy = learn(Policy(costs(2), first=2), *[(Cell(2, 4), 4)] * 3)
-    policy.current = Cell(2, 0)
+    policy.best = Expected(Cell(2, 0), 0.1)
     for sure, accepted in history:
         policy.observe_confidences(2, sure, accepted)
     assert policy.goes_on(2, confidences) is goes_on
@@ -298,11 +298,12 @@ def test_answers_are_autoregressive_decodings(
     strategy, fields = AdaptiveStrategy(model, policy), sampling | {"exact": exact}
     baseline = AutoregressiveStrategy(model)
     for prompts in (prompts_of(*LENGTHS), prompts_of(250), prompts_of(3), [prompts_of(9)[0] * 4]):
-        expected = answer(baseline, prompts, **fields, exit_layer=None)
-        for stops in ({}, {"stop_token_ids": [expected[0][min(9, len(expected[0]) - 1)]]}):
-            expected = answer(baseline, prompts, **fields, **stops, exit_layer=None)
-            assert answer(strategy, prompts, **fields, **stops) == expected
-            assert answer(strategy, prompts, **fields, **stops, draft_vocab=150) == expected
+        free = answer(baseline, prompts, **fields, exit_layer=None)
+        assert answer(strategy, prompts, **fields) == free
+        assert answer(strategy, prompts, **fields, draft_vocab=150) == free
+        stops = {"stop_token_ids": [free[0][min(9, len(free[0]) - 1)]]}
+        stopped = answer(baseline, prompts, **fields, **stops, exit_layer=None)
+        assert answer(strategy, prompts, **fields, **stops) == stopped
 
 
 @pytest.mark.parametrize(("most_looking", "asks"), [(0.0, True), (math.inf, False), (math.inf, True)])
