@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from self_speculation.decoding.cache import PositionAddressedCache, power_of_two
 from self_speculation.decoding.compilation import CompiledStep, CompiledSteps
 from self_speculation.decoding.early_exit import TorchKernels, num_caches, token_device
-from self_speculation.decoding.fused_layers import fuse
+from self_speculation.decoding.fused_layers import fuse, layout
 from self_speculation.decoding.kernels import Kernels
 from self_speculation.decoding.plain_llama import PlainLlamaKernels
 from self_speculation.decoding.prefill import prefill
@@ -46,6 +46,8 @@ class StepwiseStrategy(GenerationStrategy):
         super().__init__(model)
         self.compiled_steps = CompiledSteps(model)
         self.backend = backend
+        # The kernels of the last answer, and for what they were found.
+        self.found: tuple[object, Kernels] | None = None
         # The rows of a conversation, and by which plan their tokens were cached.
         self.kept: Rows | None = None
         self.plan_of_kept: StepPlan | None = None
@@ -117,12 +119,15 @@ class StepwiseStrategy(GenerationStrategy):
         Raises:
             ValueError: exactness is asked for, and cannot be had.
         """
-        fuse(self.model)
         own = own_kernels(self.model)
         replaces_compiling = config.compile != "none" and self.backend is None and own.backend is None
-        if config.exact or (replaces_compiling and own.why_not(self.model) is None):
-            return own.of(self.model)
-        return TorchKernels(self.model)
+        asked = own, config.exact, replaces_compiling
+        if self.found is None or self.found[0] != (asked, layout(self.model)):
+            fuse(self.model)
+            takes_own = config.exact or (replaces_compiling and own.why_not(self.model) is None)
+            kernels = own.of(self.model) if takes_own else TorchKernels(self.model)
+            self.found = (asked, layout(self.model)), kernels
+        return self.found[1]
 
     def _rows(self, request: GenerationRequest, plan: StepPlan) -> Rows:
         """Rows for the request: a conversation's own while they have room, else new ones, of twice its size."""

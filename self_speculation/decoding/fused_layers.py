@@ -184,6 +184,28 @@ def fuse(model: nn.Module) -> None:
             layer.fused = FusedLayer(layer)
 
 
+def layout(model: nn.Module) -> list[object]:
+    """What may change about a model between two answers: kinds of modules, their hooks, and where their weights lie.
+
+    While it stays the same, nothing needs to be looked at again; to compare it takes a small part of the time.
+    """
+    found: list[object] = []
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        found += (type(module), _is_changed(module))
+        found += [_place(weight) for weight in module._parameters.values() if weight is not None]
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    """Where a weight lies; of one that is more than a tensor, which one it is."""
+    if type(weight) is not nn.Parameter:
+        return (id(weight),)
+    return weight.data_ptr(), weight.dtype, weight.stride()
+
+
 def fused_layer(layer: nn.Module) -> FusedLayer | None:
     """The layer's fused form, if it has one."""
     return vars(layer).get("fused")
@@ -197,8 +219,7 @@ def weight_version(weight: Tensor) -> int:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether the layer is as transformers made it: no other kinds of modules, no biases, no hooks."""
     for module in layer.modules():
-        is_changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if type(module) not in PLAIN_MODULES or is_changed:
+        if type(module) not in PLAIN_MODULES or _is_changed(module):
             return False
     weights = dict(layer.named_parameters())
     dtypes = {weight.dtype for weight in weights.values()}
@@ -207,6 +228,11 @@ def _is_plain(layer: nn.Module) -> bool:
         and dtypes.pop().is_floating_point
         and all(name.endswith("weight") and not weight.is_meta for name, weight in weights.items())
     )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether more is done than the module's kind does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @torch.inference_mode(False)

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.draft_head import DraftHead
-from self_speculation.decoding.fused_layers import FusedLayer, fuse, fused_layer
+from self_speculation.decoding.fused_layers import FusedLayer, fuse, fused_layer, layout
 from self_speculation.exit_adapter import ExitAdapter
 from self_speculation.families import family_of
 
@@ -50,14 +50,14 @@ class PlainLlamaKernels(ABC):
             raise ValueError(f"--exact True: {reason}.")
         self.model = model
         self.dtype = model.model.norm.weight.dtype
-        self.pointers = pointers(model)
+        self.layout = layout(model)
         self.fused = sorted(filter(None, map(fused_layer, layers_of(model))), key=lambda layer: layer.index)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """The model's kernels: made once, and anew when its weights were moved since."""
+        """The model's kernels: made once, and anew when its weights were moved since, or its modules are others."""
         known = vars(model).get(ATTRIBUTE)
-        if not isinstance(known, cls) or known.pointers != pointers(model):
+        if not isinstance(known, cls) or known.layout != layout(model):
             known = vars(model)[ATTRIBUTE] = cls(model)
         return known
 
@@ -126,11 +126,6 @@ def weights_of(layer: FusedLayer) -> list[Tensor]:
 def layers_of(model: PreTrainedModel) -> list[Any]:
     """The model's decoder layers, and its exit adapter's."""
     return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
-
-
-def pointers(model: PreTrainedModel) -> list[int]:
-    """Where the model's weights are."""
-    return [weight.data_ptr() for weight in model.parameters()]
 
 
 def _why_not_plain(model: PreTrainedModel, device_type: str) -> str | None:

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from self_speculation.decoding.cache import PositionAddressedCache
-from self_speculation.decoding.fused_layers import FusedLayer, fused_layer
+from self_speculation.decoding.fused_layers import FusedLayer, fused_layer, layout
 from self_speculation.decoding.large_pages import Arena
-from self_speculation.decoding.plain_llama import PlainLlamaKernels, buffers, layers_of, pointers, weights_of
+from self_speculation.decoding.plain_llama import PlainLlamaKernels, buffers, layers_of, weights_of
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -56,7 +56,7 @@ class WidthInvariantKernels(PlainLlamaKernels):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         move_into_large_pages(model)
-        self.pointers = pointers(model)
+        self.layout = layout(model)
         self.layers = (_Layer * len(self.fused))(*map(_weights_of, self.fused))
         self.caches: list[Tensor | None] = []
         self.table: tuple[Tensor, Tensor] | None = None

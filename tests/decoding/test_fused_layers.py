@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.early_exit import exit_logits, run_layers
-from self_speculation.decoding.fused_layers import fuse, fused_layer
+from self_speculation.decoding.fused_layers import fuse, fused_layer, layout
 from self_speculation.families import embed
 from self_speculation.generator_base import GenerationConfig, HuggingfaceLlamaGenerator
 from self_speculation.measuring.surroundings import live_tensor_bytes
@@ -44,6 +44,10 @@ def logits(model: LlamaForCausalLM, tokens: Tensor, num_prompt: int) -> Tensor:
     cache.see(tokens.shape[1])
     hidden = run_layers(model, embed(model, tokens[:, num_prompt:]), layers, positions_BT[:, num_prompt:], cache)
     return exit_logits(model, hidden)
+
+
+class Named(nn.Parameter):
+    """More than a tensor."""
 
 
 def is_fused(model: LlamaForCausalLM) -> list[bool]:
@@ -82,6 +86,32 @@ def test_whatever_moves_the_parameters_is_noticed(change: str, make_model: MakeM
     fuse(model)
     assert all(is_fused(model))
     torch.testing.assert_close(logits(model, tokens, 12), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_seen"),
+    [(change, name not in ("load", "in place")) for name, change in CHANGES.items()]
+    + [
+        (lambda model: None, False),
+        (lambda model: model.lm_head.register_forward_hook(print), True),
+        (lambda model: model.model.layers[0].mlp.register_forward_pre_hook(print), True),
+        (lambda model: setattr(model.model.norm, "forward", print), True),
+        (lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.GELU()), True),
+        (lambda model: model.add_module("another", nn.Identity()), True),
+        (lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.zeros(300))), True),
+        (lambda model: setattr(model.model.embed_tokens, "weight", Named(torch.zeros(300, 32))), True),
+    ],
+)
+def test_what_may_change_is_seen_at_a_glance(
+    change: Callable[[LlamaForCausalLM], object], is_seen: bool, make_model: MakeModel
+) -> None:
+    """But for values that change in place, which nothing depends on."""
+    model = make_model()
+    fuse(model)
+    before = layout(model)
+    assert layout(model) == before
+    change(model)
+    assert (layout(model) != before) is is_seen
 
 
 def test_memory_stays_the_same(make_model: MakeModel) -> None:

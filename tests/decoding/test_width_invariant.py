@@ -246,10 +246,14 @@ def test_models_that_cannot_be_exact_are_refused(
     make_model: MakeModel,
     answer: Callable[..., list[list[int]]],
 ) -> None:
+    """Also by a strategy that has answered before."""
     model = make_model()
+    strategy = AutoregressiveStrategy(model)
+    answer(strategy, prompts_of(3))
     change(model)
-    with pytest.raises(ValueError, match=f"^--exact True: .*{sentence}.*\\.$"):
-        answer(AutoregressiveStrategy(model), prompts_of(3))
+    for one in (strategy, AutoregressiveStrategy(model)):
+        with pytest.raises(ValueError, match=f"^--exact True: .*{sentence}.*\\.$"):
+            answer(one, prompts_of(3))
 
 
 def test_without_a_compiler_there_is_a_sentence(
