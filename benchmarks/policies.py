@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from self_speculation.decoding.acceptance import Acceptance
+from self_speculation.decoding.acceptance_estimate import Acceptance
 from self_speculation.decoding.adaptive_step import AdaptiveStep
 from self_speculation.decoding.cache import PositionAddressedCache
 from self_speculation.decoding.cell import DRAFTS, FREE, Cell
@@ -76,7 +76,7 @@ class Scored(WithoutLookup):
         first = self.known[self.first]
         known = self.known.setdefault(exit_layer, Acceptance(first.prior, first.weight))
         known.add(drafted, accepted)
-        self.bests.pop(exit_layer, None)
+        self.forget_best(exit_layer)
 
     def _trial(self, best: Expected, most_drafts: int) -> Cell:
         return best.cell

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from self_speculation.advice import Recommendation, advice_for
-from self_speculation.decoding.acceptance import MEASURED_DRAFTS, Acceptance
+from self_speculation.decoding.acceptance_estimate import MEASURED_DRAFTS, Acceptance
 from self_speculation.decoding.adaptive_step import AdaptiveStep, letting_adapter_wait
 from self_speculation.decoding.cell import DRAFTS
 from self_speculation.decoding.compiled_menu import CompiledMenu

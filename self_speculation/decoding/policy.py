@@ -1,10 +1,10 @@
 """Which exit layer and draft length the next step takes: a pure object that sees counts and costs only.
 
-A token drafted at exit E is accepted with a probability α(E), which is estimated (`decoding/acceptance.py`). A step
+A token drafted at exit E is accepted with a probability α(E), an estimate (`decoding/acceptance_estimate.py`). A step
 with d drafts is expected to give τ = (1 − α^(d+1)) / (1 − α) tokens (Leviathan et al. 2023, equation 1), and its
 seconds have been measured. The choice is the cell of the most tokens a second; with d = 0 that is autoregressive
-decoding. Another exit is tried where it would be better if luck has it: the less is known of it, the more luck there
-may be. Little time may be lost by that.
+decoding. Another exit is tried where it would be better if luck has it, and taken where it is better even if luck is
+against it: the less is known of it, the more luck there may be. Little time may be lost by trials.
 
 Drafts that cost nothing (`decoding/lookup.py`) are one more choice where there are any: cells of exit 0, whose α is
 known by the length of the match.
@@ -21,7 +21,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
 
-from self_speculation.decoding.acceptance import PRIOR, PRIOR_OF_OTHERS, UNKNOWN, Acceptance, Graded
+from self_speculation.decoding.acceptance_estimate import PRIOR, PRIOR_OF_OTHERS, UNKNOWN, Acceptance, Graded
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 
@@ -31,8 +31,6 @@ PRIOR_OF_FREE = {3.0: 0.4, 5.0: 0.6, 9.0: 0.8}
 PRIOR_OF_SURE = {0.0: 0.4, 0.3: 0.6, 0.6: 0.8, 0.85: 0.93}
 # Where it says nothing how sure drafts are, they are asked in every so many steps.
 ASKED_EVERY = 8
-# A cell is left only for one that is better by this factor.
-HYSTERESIS = 1.005
 # Another exit is thought of in every so many steps: to think takes time, too.
 TRIED_EVERY = 4
 # Below one, where the sum that gives τ has a value.
@@ -59,7 +57,8 @@ class Policy:
     seconds: Mapping[Cell, float]
     first: int
     known: dict[int, Acceptance] = field(default_factory=dict)
-    current: Cell | None = None
+    # The exit that was the best when drafts last paid; the first one, before.
+    home: int = FREE
     elapsed: float = 0.0
     # What trials of each exit have lost.
     lost: dict[int, float] = field(default_factory=dict)
@@ -72,26 +71,34 @@ class Policy:
     sure: dict[int, Graded] = field(default_factory=dict)
     # Whether that says anything.
     telling: dict[int, bool] = field(default_factory=dict)
-    # Of each exit, the best of all its cells with what it is expected to give, until more is known of the exit.
-    bests: dict[int, Expected] = field(default_factory=dict, init=False)
+    # Of each exit, the best of all its cells with what it is expected to give, by luck as it is or bad, until more is
+    # known of the exit.
+    bests: dict[tuple[int, bool], Expected] = field(default_factory=dict, init=False)
     # The best of those, as was last thought.
     best: Expected | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.known.setdefault(self.first, Acceptance(PRIOR))
+        if self.home not in self.known:
+            self.home = self.first
 
     def taught_by(self, other: "Policy | None") -> "Policy":
         """This policy with what another one knows, which is learnt on by both; their menus may differ."""
         if other is None:
             return self
         known = {exit: known.of_earlier_prompts() for exit, known in other.known.items() if exit in self._menu}
-        current = other.current if other.current in self.seconds else None
-        return replace(other, seconds=self.seconds, first=self.first, known=known, current=current)
+        return replace(other, seconds=self.seconds, first=self.first, known=known)
+
+    @property
+    def current(self) -> Cell | None:
+        """The best cell, as was last thought; some steps try another one."""
+        return self.best.cell if self.best else None
 
     def choose(self, most_drafts: int, free: FreeDraft = NOTHING) -> Cell:
         """The cell of the next step, which has room for so many drafts."""
         best = self.best = self._best(most_drafts)
-        self.current = best.cell
+        if best.cell.num_speculations:
+            self.home = best.cell.exit_layer
         num_free = min(len(free.tokens), most_drafts)
         if FREE in self._menu and num_free:
             gratis = self._best_at(FREE, num_free, self.free.at(free.match).rate)
@@ -100,21 +107,22 @@ class Policy:
         return self._trial(best, most_drafts) if most_drafts >= self._shortest else best.cell
 
     def _best(self, most_drafts: int) -> Expected:
-        """The best of the exits' own cells; the current one, where that is as good."""
-        bests = (self._best_of(exit_layer, most_drafts) for exit_layer in self.known)
-        best = max(bests, key=attrgetter("tokens_per_second"))
-        if self.current is None or self.current.num_speculations > most_drafts or self.current == best.cell:
-            return best
-        current = Expected(self.current, self.tokens_per_second(self.current))
-        return best if best.tokens_per_second >= HYSTERESIS * current.tokens_per_second else current
+        """The best of the exits' own cells. Where drafts pay, another exit must be better even if it has bad luck."""
+        own = self._best_of(self.home, most_drafts)
+        drafts_pay = own.cell.num_speculations > 0
+        others = (self._best_of(other, most_drafts, drafts_pay) for other in self.known if other != self.home)
+        best = max(others, key=attrgetter("tokens_per_second"), default=own)
+        return best if best.tokens_per_second > own.tokens_per_second else own
 
-    def _best_of(self, exit_layer: int, most_drafts: int) -> Expected:
+    def _best_of(self, exit_layer: int, most_drafts: int, has_bad_luck: bool = False) -> Expected:
         """An exit's best cell; looked for once, where its longest draft has room."""
-        if most_drafts < self._longest:
-            return self._best_at(exit_layer, most_drafts, self.known[exit_layer].rate)
-        if exit_layer not in self.bests:
-            self.bests[exit_layer] = self._best_at(exit_layer, most_drafts, self.known[exit_layer].rate)
-        return self.bests[exit_layer]
+        if most_drafts >= self._longest and (exit_layer, has_bad_luck) in self.bests:
+            return self.bests[exit_layer, has_bad_luck]
+        known = self.known[exit_layer]
+        best = self._best_at(exit_layer, most_drafts, known.with_bad_luck() if has_bad_luck else known.rate)
+        if most_drafts >= self._longest:
+            self.bests[exit_layer, has_bad_luck] = best
+        return best
 
     def observe(self, cell: Cell, drafted: Sequence[int], accepted: Sequence[int], free: FreeDraft = NOTHING) -> None:
         """What a step gave: each row's drafts, and how many of them were accepted."""
@@ -129,12 +137,17 @@ class Policy:
             loss = max(seconds - tokens / self.tokens_per_second(self.current or cell), 0.0)
             self.lost[cell.exit_layer] = self.lost.get(cell.exit_layer, 0.0) + loss
         known = self.known.setdefault(cell.exit_layer, Acceptance())
-        self.bests.pop(cell.exit_layer, None)
+        self.forget_best(cell.exit_layer)
         for row_drafted, row_accepted in zip(drafted, accepted, strict=True):
             if row_drafted:
                 steps_without = self.steps - self.last.get(cell.exit_layer, self.steps) - 1
                 known.add(row_drafted, row_accepted, max(steps_without, 0))
                 self.last[cell.exit_layer] = self.steps
+
+    def forget_best(self, exit_layer: int) -> None:
+        """More is known of an exit, so its best cell is to be looked for again."""
+        for has_bad_luck in (False, True):
+            self.bests.pop((exit_layer, has_bad_luck), None)
 
     def _is_trial(self, cell: Cell) -> bool:
         """Whether a step drafted otherwise than at the exit that is thought the best."""

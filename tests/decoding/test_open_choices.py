@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from self_speculation import LayerSkip
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
-from self_speculation.decoding.acceptance import MEASURED_DRAFTS, PRIOR, Acceptance
+from self_speculation.decoding.acceptance_estimate import MEASURED_DRAFTS, PRIOR, Acceptance
 from self_speculation.decoding.cell import FREE, Cell
 from self_speculation.decoding.lookup import NOTHING, FreeDraft
 from self_speculation.decoding.policy import Policy

@@ -92,6 +92,35 @@ def test_another_exit_is_found_and_kept() -> None:
     assert {cell.exit_layer for cell in chosen[-100:] if cell.num_speculations > 1} == {5}
 
 
+def test_an_exit_is_left_for_one_that_is_better_without_luck() -> None:
+    """Where drafts pay; few lucky drafts of another exit are not enough. Where they do not pay, any will do."""
+    policy = learn(Policy(costs(2, 3), first=2), *[(Cell(2, 4), 4), (Cell(2, 4), 3)] * 10)
+    exits, is_better = [], []
+    for _ in range(40):
+        learn(policy, (Cell(3, 4), 4))
+        policy.choose(8)
+        exits.append(policy.home)
+        is_better.append(policy.tokens_per_second(Cell(3, 8)) > policy.tokens_per_second(Cell(2, 4)))
+    assert exits == sorted(exits)
+    assert is_better == sorted(is_better)
+    assert is_better.index(True) < exits.index(3)
+    bad = learn(Policy(costs(2, 3), first=2), *[(Cell(2, 4), 0)] * 20)
+    bad.choose(8)
+    assert (bad.current, bad.home) == (Cell(2, 0), 2)
+    learn(bad, (Cell(3, 4), 4)).choose(8)
+    assert bad.home == 3
+
+
+def test_the_exit_stays_where_there_is_no_room() -> None:
+    """At the end of an answer nothing can be drafted; the next one begins where drafts paid."""
+    policy = learn(Policy(costs(2, 5), first=2), *[(Cell(5, 4), 4)] * 20)
+    assert policy.choose(8).exit_layer == 5
+    assert policy.choose(0).num_speculations == 0
+    assert policy.home == 5
+    assert Policy(costs(2, 5), first=2).taught_by(policy).home == 5
+    assert Policy(costs(2), first=2).taught_by(policy).home == 2
+
+
 def test_what_was_learnt_goes_into_another_menu() -> None:
     """Exits that the new menu lacks are left out, and so is the cell where the old policy was."""
     old = learn(Policy(costs(2, 5), first=2), *[(Cell(2, 4), 4)] * 10)

@@ -19,8 +19,9 @@ PRIOR, PRIOR_OF_OTHERS, PRIOR_DRAFTS = 0.6, 0.4, 2.0
 MEASURED_DRAFTS = 10.0
 # How much the drafts of earlier prompts count for at the beginning of another one, which may be of another kind.
 EARLIER_DRAFTS = 4.0
-# How many standard deviations of its estimate an exit may be better than it seems, and the least variance of a draft.
-LUCK, LEAST_VARIANCE = 2.0, 0.05
+# How many standard deviations of its estimate an exit may be better than it seems, and how many worse; and the least
+# variance of a draft.
+LUCK, BAD_LUCK, LEAST_VARIANCE = 2.0, 1.0, 0.05
 # How many drafts show whether some are accepted more often than others, and by how much.
 ENOUGH, LEAST_SPREAD = 8, 0.1
 # A memory's estimate is held to lie so far from 0 and 1, and neither memory is ever trusted alone.
@@ -71,9 +72,16 @@ class Acceptance:
 
     def with_luck(self, steps_without: int) -> float:
         """How high α may well be, after so many steps without drafts, which make what is known worth less."""
+        return self.rate + LUCK * self._deviation(self.short.drafts * MEMORY**steps_without)
+
+    def with_bad_luck(self) -> float:
+        """How low α may well be."""
+        return max(self.rate - BAD_LUCK * self._deviation(self.long.drafts), 0.0)
+
+    def _deviation(self, drafts: float) -> float:
+        """The standard deviation of an estimate from so many drafts and the prior."""
         alpha = self.rate
-        drafts = self.short.drafts * MEMORY**steps_without + self.weight
-        return alpha + LUCK * math.sqrt(max(alpha * (1 - alpha), LEAST_VARIANCE) / drafts)
+        return math.sqrt(max(alpha * (1 - alpha), LEAST_VARIANCE) / (drafts + self.weight))
 
     def of_earlier_prompts(self) -> "Acceptance":
         """The same for a prompt that may be of another kind: less is sure, and the short memory is worth few drafts."""

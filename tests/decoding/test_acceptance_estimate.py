@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from self_speculation.decoding.acceptance import MOST_ODDS, Acceptance, Counts, Graded
+from self_speculation.decoding.acceptance_estimate import MOST_ODDS, Acceptance, Counts, Graded
 
 
 def test_the_estimate_is_a_number_from_the_beginning() -> None:
@@ -61,6 +61,15 @@ def test_another_text_is_known_soon() -> None:
             known.add(1, 1 - accepted)
             drafts += 1
         assert drafts < 80
+
+
+def test_luck_counts_less_the_more_is_known() -> None:
+    """Good luck by the short memory, and by when that was; bad luck by the long one."""
+    known = Acceptance(0.5, short=Counts(6.0, 6.0), long=Counts(49.0, 49.0))
+    assert known.with_luck(0) == pytest.approx(0.5 + 2 * math.sqrt(0.25 / 14))
+    assert known.with_luck(10) == pytest.approx(0.5 + 2 * math.sqrt(0.25 / (12 * 0.98**10 + 2)))
+    assert known.with_bad_luck() == pytest.approx(0.5 - math.sqrt(0.25 / 100))
+    assert Acceptance(0.02).with_bad_luck() == 0
 
 
 def test_another_prompt_may_be_of_another_kind() -> None:
