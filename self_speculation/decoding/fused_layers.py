@@ -95,6 +95,8 @@ class FusedLayer:
             and _lie_in(self.gate_up, mlp.gate_proj, mlp.up_proj)
             and self.attention_out is attention.o_proj.weight
             and self.mlp_out is mlp.down_proj.weight
+            and self.attention_norm is layer.input_layernorm
+            and self.mlp_norm is layer.post_attention_layernorm
         )
 
     def matrices(self) -> list[Tensor]:

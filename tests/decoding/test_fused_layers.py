@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from self_speculation.autoregressive_generator import AutoregressiveStrategy
 from self_speculation.decoding.cache import PositionAddressedCache
@@ -21,6 +22,14 @@ from self_speculation.self_speculation_generator import SelfSpeculativeStrategy
 
 MakeModel = Callable[..., LlamaForCausalLM]
 SHAPES = [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 16}]
+
+
+def another_norm() -> LlamaRMSNorm:
+    norm = LlamaRMSNorm(32).double()
+    norm.weight.data.fill_(3.0)
+    return norm
+
+
 CHANGES: dict[str, Callable[[LlamaForCausalLM], object]] = {
     "to float32": lambda model: model.to(torch.float32),
     "half and back": lambda model: model.half().double(),
@@ -28,6 +37,7 @@ CHANGES: dict[str, Callable[[LlamaForCausalLM], object]] = {
     "assign": lambda model: model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True),
     "assign one": lambda model: setattr(model.model.layers[2].mlp, "down_proj", nn.Linear(64, 32, bias=False).double()),
     "in place": lambda model: model.model.layers[1].self_attn.k_proj.weight.data.mul_(-2),
+    "another norm": lambda model: setattr(model.model.layers[3], "post_attention_layernorm", another_norm()),
     "a new norm": lambda model: setattr(
         model.model.layers[3].input_layernorm, "weight", nn.Parameter(torch.full((32,), 3.0).double())
     ),
