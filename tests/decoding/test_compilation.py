@@ -93,7 +93,7 @@ def test_a_trimmed_draft_head(small: LlamaForCausalLM, tokenizer: PreTrainedToke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile_mode", ["default", "max"])
-@pytest.mark.parametrize("fields", [{"sample": True, "temperature": 1.5}, {"draft_vocab": 100}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"sample": True, "temperature": 1.5}, {"draft_vocab": 100}], ids=str)
 def test_generated_code(
     compile_mode: str,
     fields: dict[str, object],

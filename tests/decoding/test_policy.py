@@ -333,6 +333,7 @@ def test_answers_are_autoregressive_decodings(
         stops = {"stop_token_ids": [free[0][min(9, len(free[0]) - 1)]]}
         stopped = answer(baseline, prompts, **fields, **stops, exit_layer=None)
         assert answer(strategy, prompts, **fields, **stops) == stopped
+        assert answer(strategy, prompts, **fields, **stops, draft_vocab=150) == stopped
 
 
 @pytest.mark.parametrize(("most_looking", "asks"), [(0.0, True), (math.inf, False), (math.inf, True)])

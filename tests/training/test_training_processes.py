@@ -164,7 +164,9 @@ def logged(output: Path, name: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("p_max", "accumulation", "find_unused"), [("0.0", 2, "True"), ("1.0", 1, "False")])
+@pytest.mark.parametrize(
+    ("p_max", "accumulation", "find_unused"), [("0.0", 1, "True"), ("0.0", 2, "True"), ("1.0", 1, "False")]
+)
 def test_two_processes_train_like_one(
     flags: list[str], tmp_path: Path, p_max: str, accumulation: int, find_unused: str
 ) -> None:
